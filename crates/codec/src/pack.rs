@@ -1,0 +1,139 @@
+use std::ops::RangeInclusive;
+
+use libdeflater::{CompressionLvl, Compressor};
+use zstd_safe::{CCtx, CParameter};
+
+use crate::{Codec, Error};
+
+/// The levels that a codec takes.
+#[must_use]
+pub fn level_range(codec: Codec) -> RangeInclusive<i32> {
+    match codec {
+        Codec::Deflate | Codec::Zlib => 1..=12,
+        Codec::Zstd => -7..=zstd_safe::max_c_level(),
+    }
+}
+
+/// The level that is used where the user names none: the fastest whose output is not larger than QEMU's.
+///
+/// QEMU packs deflate with zlib's level 6 in a 4 KiB window, which libdeflate's level 1 beats, and zstd with
+/// that library's own default, 3.
+#[must_use]
+pub const fn default_level(codec: Codec) -> i32 {
+    match codec {
+        Codec::Deflate | Codec::Zlib => 1,
+        Codec::Zstd => 3,
+    }
+}
+
+/// Packs units with one codec at one level.
+pub struct Packer(Inner);
+
+enum Inner {
+    Deflate(Box<Compressor>, bool),
+    Zstd(Box<CCtx<'static>>),
+}
+
+impl Packer {
+    /// A packer for `codec` at `level`.
+    ///
+    /// # Errors
+    /// [`Error::Level`] outside [`level_range`]; [`Error::Codec`] for want of memory.
+    pub fn new(codec: Codec, level: i32) -> Result<Self, Error> {
+        if !level_range(codec).contains(&level) {
+            return Err(Error::Level(level));
+        }
+        match codec {
+            Codec::Deflate | Codec::Zlib => {
+                let level = CompressionLvl::new(level).map_err(|_| Error::Level(level))?;
+                Ok(Self(Inner::Deflate(Box::new(Compressor::new(level)), codec == Codec::Zlib)))
+            }
+            Codec::Zstd => {
+                let mut context =
+                    CCtx::try_create().ok_or_else(|| Error::Codec("no memory for a zstd context".to_owned()))?;
+                context.set_parameter(CParameter::CompressionLevel(level)).map_err(zstd_error)?;
+                Ok(Self(Inner::Zstd(Box::new(context))))
+            }
+        }
+    }
+
+    /// Packs `unit` into `out`. `None` if the payload would not fit: the unit is better stored as it is.
+    ///
+    /// # Errors
+    /// [`Error::Codec`] if the codec fails for another reason than space.
+    pub fn pack(&mut self, unit: &[u8], out: &mut [u8]) -> Result<Option<usize>, Error> {
+        match &mut self.0 {
+            Inner::Deflate(compressor, wrapped) => {
+                let done = if *wrapped {
+                    compressor.zlib_compress(unit, out)
+                } else {
+                    compressor.deflate_compress(unit, out)
+                };
+                // Want of space is libdeflate's only error.
+                Ok(done.ok())
+            }
+            Inner::Zstd(context) => match context.compress2(out, unit) {
+                Ok(len) => Ok(Some(len)),
+                Err(code) if zstd_safe::get_error_name(code).contains("too small") => Ok(None),
+                Err(code) => Err(zstd_error(code)),
+            },
+        }
+    }
+}
+
+fn zstd_error(code: usize) -> Error {
+    Error::Codec(format!("zstd: {}", zstd_safe::get_error_name(code)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Unpacker;
+
+    fn text(len: usize) -> Vec<u8> {
+        (0..len).map(|i| b"the quick brown fox "[i * i % 20]).collect()
+    }
+
+    /// Bytes that no codec can shrink.
+    fn noise(len: usize) -> Vec<u8> {
+        let mut state = 1u64;
+        std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .take(len)
+        .collect()
+    }
+
+    #[test]
+    fn round_trip_at_every_level() {
+        let unit = text(65_536);
+        let mut packed = vec![0; unit.len()];
+        let mut back = vec![0; unit.len()];
+        for codec in [Codec::Deflate, Codec::Zlib, Codec::Zstd] {
+            for level in level_range(codec) {
+                let len = Packer::new(codec, level).unwrap().pack(&unit, &mut packed).unwrap().unwrap();
+                assert!(len < unit.len() / 2, "{codec:?} {level}");
+                // Payloads are padded to sectors on disk.
+                let padded = (len.next_multiple_of(512) + 512).min(packed.len());
+                packed[len..padded].fill(0xa5);
+                back.fill(0);
+                Unpacker::new().unpack(codec, &packed[..padded], &mut back).unwrap();
+                assert!(back == unit, "{codec:?} {level}");
+            }
+            assert_eq!(Packer::new(codec, 100).err(), Some(Error::Level(100)));
+        }
+    }
+
+    #[test]
+    fn noise_is_not_packed() {
+        let unit = noise(65_536);
+        for codec in [Codec::Deflate, Codec::Zlib, Codec::Zstd] {
+            let mut packer = Packer::new(codec, default_level(codec)).unwrap();
+            assert_eq!(packer.pack(&unit, &mut vec![0; unit.len() - 1]), Ok(None), "{codec:?}");
+            assert!(packer.pack(&text(65_536), &mut vec![0; 65_535]).unwrap().is_some(), "usable afterwards");
+        }
+    }
+}

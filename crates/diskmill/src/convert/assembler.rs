@@ -1,0 +1,153 @@
+use std::ops::Range;
+
+use diskmill_codec::Codec;
+
+use crate::error::Result;
+
+/// Which of the output's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TargetFile {
+    /// The image.
+    Main,
+    /// The external data file.
+    Data,
+}
+
+/// A write that an [`Assembler`] asks for.
+#[derive(Debug)]
+pub(crate) struct WriteOp {
+    pub(crate) file: TargetFile,
+    /// Host offset.
+    pub(crate) at: u64,
+    pub(crate) what: WriteWhat,
+}
+
+/// What is written.
+#[derive(Debug)]
+pub(crate) enum WriteWhat {
+    /// A range of the job's buffer.
+    Buf {
+        /// First byte.
+        at: usize,
+        /// Bytes.
+        len: usize,
+    },
+    /// Metadata.
+    Bytes(Vec<u8>),
+    /// Zeros; really written out where `written`, otherwise by whatever is cheapest.
+    Zeroes {
+        /// Bytes.
+        len: u64,
+        /// Allocate and fill the blocks.
+        written: bool,
+    },
+    /// Blocks to allocate, in a file that reads as zeros there.
+    Reserve {
+        /// Bytes.
+        len: u64,
+    },
+}
+
+impl WriteOp {
+    pub(crate) const fn bytes(at: u64, bytes: Vec<u8>) -> Self {
+        Self { file: TargetFile::Main, at, what: WriteWhat::Bytes(bytes) }
+    }
+
+    pub(crate) const fn zeroes(file: TargetFile, at: u64, len: u64, written: bool) -> Self {
+        Self { file, at, what: WriteWhat::Zeroes { len, written } }
+    }
+
+    pub(crate) const fn reserve(file: TargetFile, at: u64, len: u64) -> Self {
+        Self { file, at, what: WriteWhat::Reserve { len } }
+    }
+
+    /// Adds a run of zeros, or makes the last one longer.
+    pub(crate) fn push_zeroes(out: &mut Vec<Self>, file: TargetFile, at: u64, len: u64, written: bool) {
+        if let Some(Self { file: last_file, at: last_at, what: WriteWhat::Zeroes { len: last_len, written: last } }) =
+            out.last_mut()
+            && (*last_file, *last_at + *last_len, *last) == (file, at, written)
+        {
+            *last_len += len;
+            return;
+        }
+        out.push(Self::zeroes(file, at, len, written));
+    }
+
+    /// Adds a write from the job's buffer, or makes the last one longer if this one goes on where it ends.
+    pub(crate) fn push_buf(out: &mut Vec<Self>, file: TargetFile, at: u64, buf_at: usize, len: usize) {
+        if let Some(Self { file: last_file, at: last_at, what: WriteWhat::Buf { at: last_buf, len: last_len } }) =
+            out.last_mut()
+            && *last_file == file
+            && *last_at + *last_len as u64 == at
+            && *last_buf + *last_len == buf_at
+        {
+            *last_len += len;
+            return;
+        }
+        out.push(Self { file, at, what: WriteWhat::Buf { at: buf_at, len } });
+    }
+}
+
+/// What a unit of the output turned out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// All zeros.
+    Zero,
+    /// Data, at its place in a buffer in guest layout. Bit n of `zero`: subunit n is all zeros.
+    Data { zero: u32 },
+    /// Packed, anywhere in the buffer.
+    Packed { at: usize, len: u32 },
+    /// Not packed after all, because that would not have made it smaller; anywhere in the buffer.
+    Stored { at: usize },
+}
+
+/// What remains to be done when all units are placed and all writes are done.
+#[derive(Debug, Default)]
+pub(crate) struct Finish {
+    /// The length that the image file must have, where it is not just what was written.
+    pub(crate) file_len: Option<u64>,
+    /// The same of the external data file.
+    pub(crate) data_len: Option<u64>,
+    /// Goes to offset 0, after a barrier.
+    pub(crate) header: Option<Vec<u8>>,
+}
+
+/// Every creatable format: lays out a fresh output by arithmetic alone.
+///
+/// `place`, `zero` and `skip` are called for ranges in ascending guest order that together cover the disk
+/// (in any order if not [`ordered`](Self::ordered)); each starts at a multiple of [`unit`](Self::unit).
+pub(crate) trait Assembler: Send {
+    /// Bytes in a unit: what is found to be zero, placed and packed as a whole. A power of two.
+    fn unit(&self) -> u64;
+
+    /// Bytes in a subunit: what zeros are looked for in. A 32nd of a unit, or the unit.
+    fn subunit(&self) -> u64 {
+        self.unit()
+    }
+
+    /// The codec for packed units.
+    fn codec(&self) -> Option<Codec> {
+        None
+    }
+
+    /// Whether the last unit is written whole, filled up with zeros.
+    fn whole_units(&self) -> bool;
+
+    /// Whether the place of a unit depends on those before it.
+    fn ordered(&self) -> bool;
+
+    /// Places the units of the run `guest`, which stand in a buffer. The last unit may be a partial one.
+    fn place(&mut self, guest: Range<u64>, units: &[Unit], out: &mut Vec<WriteOp>) -> Result<()>;
+
+    /// A run of zeros.
+    fn zero(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()>;
+
+    /// A run that the output's backing file has.
+    fn skip(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()>;
+
+    /// Refuses a disk that does not fit the format.
+    fn check_size(&self, size: u64) -> Result<()>;
+
+    /// Writes the tables of a disk of `size` bytes.
+    fn finish(&mut self, size: u64, out: &mut Vec<WriteOp>) -> Result<Finish>;
+}

@@ -1,0 +1,200 @@
+//! The mover: brings guest bytes from one or several images into a fresh one.
+//!
+//! The planner walks the source's map and cuts it into jobs in guest order; zero runs never become jobs. Workers, one
+//! per CPU, read a job's bytes, unpack, look for zeros, pack. The placer decides in guest order where units go, so the
+//! output is the same for any number of threads. Tables and, last of all, the header follow; then the output gets
+//! its name.
+
+mod assembler;
+mod buffers;
+mod monitor;
+mod options;
+mod placer;
+mod planner;
+mod raw;
+mod target;
+mod worker;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
+
+pub(crate) use assembler::{Assembler, Finish, TargetFile, Unit, WriteOp};
+pub use monitor::Monitor;
+pub use options::{Compression, ConvertOptions, RawOptions, TargetFormat};
+
+use crate::error::{Error, Result};
+use crate::image::Image;
+use buffers::Buffers;
+use placer::Placer;
+use planner::Planner;
+use target::Target;
+use worker::{Shared, Worker};
+
+/// Where the bytes come from.
+pub enum Input<'a> {
+    /// Images, one behind the other.
+    Images(&'a [Image]),
+    /// Raw bytes up to the end of a pipe.
+    Stream(PipeReader),
+}
+
+impl<'a, T: AsRef<[Image]> + ?Sized> From<&'a T> for Input<'a> {
+    fn from(images: &'a T) -> Self {
+        Self::Images(images.as_ref())
+    }
+}
+
+/// Where the image goes.
+pub enum Output {
+    /// A file or block device.
+    Path(PathBuf),
+    /// A pipe; raw only.
+    Stream(PipeWriter),
+}
+
+impl<P: Into<PathBuf>> From<P> for Output {
+    fn from(path: P) -> Self {
+        Self::Path(path.into())
+    }
+}
+
+/// A range of the guest's disk that could not be read and was filled with zeros (with
+/// [`ConvertOptions::salvage`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadRange {
+    /// First byte.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Why.
+    pub reason: String,
+}
+
+/// What a conversion did.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Summary {
+    /// Size of the guest's disk in bytes.
+    pub virtual_size: u64,
+    /// Bytes read from the source's files, without metadata.
+    pub bytes_read: u64,
+    /// Bytes written to the output's files, metadata included.
+    pub bytes_written: u64,
+    /// Guest bytes that are zeros and were not written.
+    pub bytes_zero: u64,
+    /// The I/O engine that ran: `io_uring` or `sync`.
+    pub engine: &'static str,
+    /// Why that one.
+    pub engine_reason: String,
+    /// Worker threads.
+    pub threads: usize,
+    /// Seconds of wall clock.
+    pub seconds: f64,
+    /// What could not be read, in guest order. Empty unless salvaging.
+    pub bad_ranges: Vec<BadRange>,
+}
+
+/// Converts `input` into a fresh image at `output`.
+///
+/// Unless the output is a device, a pipe or an existing file that is to be filled ([`ConvertOptions::create`]), it is
+/// written beside its final name and renamed when whole: after an error the old file is still there, or none.
+///
+/// # Errors
+/// Any [`Kind`](crate::Kind). `Corrupt` for damage of the source, unless salvaging; `Cancelled` if `monitor` was cancelled.
+pub fn convert<'a>(
+    input: impl Into<Input<'a>>,
+    output: Output,
+    options: &ConvertOptions,
+    monitor: &Monitor,
+) -> Result<Summary> {
+    let started = Instant::now();
+    let input = input.into();
+    let mut options = options.clone();
+    let size = match &input {
+        Input::Images(images) => Some(total_size(images)?),
+        Input::Stream(_) => None,
+    };
+    options.check(&output)?;
+    let sources: &[Image] = match &input {
+        Input::Images(images) => images,
+        Input::Stream(_) => &[],
+    };
+    let target = Target::open(output, &mut options, sources, size)?;
+    let assembler = target.assembler(&options)?;
+    if let Some(size) = size {
+        assembler.check_size(size)?;
+    }
+    monitor.start(size.unwrap_or(0));
+
+    let wants_uring = options.direct || target.is_device() || sources.iter().any(is_on_device);
+    let plan = EnginePlan::probe(options.engine, wants_uring).map_err(|error| Error::io("cannot probe for io_uring", error))?;
+    let packer = options.packer(&*assembler)?;
+    let (subunit, whole_units) = (assembler.subunit(), assembler.whole_units());
+    let planner = Planner::new(input, &*assembler, &options)?;
+    let buffers = Buffers::new(&planner, &options, packer.is_some());
+    let threads = buffers.workers();
+
+    let shared = Shared {
+        depth: if plan.kind == "sync" { 1 } else { buffers.depth() },
+        planner: planner.into(),
+        placer: Placer::new(assembler, &target, plan.kind != "sync" && wants_uring),
+        buffers,
+        sources,
+        packer,
+        subunit,
+        whole_units,
+        options: &options,
+        monitor,
+        plan: &plan,
+        bad: Default::default(),
+        failed: Default::default(),
+    };
+    std::thread::scope(|scope| {
+        for index in 1..threads {
+            let shared = &shared;
+            let spawned = std::thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn_scoped(scope, move || Worker::new(shared).run());
+            // With fewer threads than planned the work gets done all the same.
+            if spawned.is_err() {
+                break;
+            }
+        }
+        Worker::new(&shared).run();
+    });
+    let (mut placer, size, mut bad) = shared.into_result()?;
+    placer.finish(size, &options, monitor)?;
+    drop(placer);
+    target.publish(&options)?;
+    monitor.finish();
+
+    bad.sort_by_key(|range| range.start);
+    Ok(Summary {
+        virtual_size: size,
+        bytes_read: monitor.bytes_read(),
+        bytes_written: monitor.bytes_written(),
+        bytes_zero: monitor.bytes_zero(),
+        engine: plan.kind,
+        engine_reason: plan.reason,
+        threads,
+        seconds: started.elapsed().as_secs_f64(),
+        bad_ranges: bad,
+    })
+}
+
+fn is_on_device(image: &Image) -> bool {
+    image.files().iter().any(|file| file.storage.is_block_device())
+}
+
+fn total_size(images: &[Image]) -> Result<u64> {
+    if images.is_empty() {
+        return Err(Error::invalid("no source"));
+    }
+    images
+        .iter()
+        .try_fold(0u64, |sum, image| sum.checked_add(image.size()))
+        .filter(|&size| size <= i64::MAX as u64)
+        .ok_or_else(|| Error::invalid("the sources together are larger than a disk can be"))
+}

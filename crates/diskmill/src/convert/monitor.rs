@@ -1,0 +1,79 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+/// Watches a conversion from other threads, and cancels it. All numbers are bytes.
+#[derive(Debug, Default)]
+pub struct Monitor {
+    total: AtomicU64,
+    done: AtomicU64,
+    read: AtomicU64,
+    written: AtomicU64,
+    zero: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Monitor {
+    /// A monitor for one conversion.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the conversion soon, with [`Kind::Cancelled`](crate::Kind::Cancelled).
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Relaxed);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Relaxed)
+    }
+
+    /// Guest bytes in all; 0 while unknown (a pipe).
+    pub fn total(&self) -> u64 {
+        self.total.load(Relaxed)
+    }
+
+    /// Guest bytes that are dealt with, zeros included.
+    pub fn done(&self) -> u64 {
+        self.done.load(Relaxed)
+    }
+
+    /// Bytes read from the source's files.
+    pub fn bytes_read(&self) -> u64 {
+        self.read.load(Relaxed)
+    }
+
+    /// Bytes written to the output's files.
+    pub fn bytes_written(&self) -> u64 {
+        self.written.load(Relaxed)
+    }
+
+    /// Guest bytes that are zeros and were not written.
+    pub fn bytes_zero(&self) -> u64 {
+        self.zero.load(Relaxed)
+    }
+
+    pub(crate) fn start(&self, total: u64) {
+        self.total.store(total, Relaxed);
+    }
+
+    pub(super) fn finish(&self) {
+        self.total.store(self.done(), Relaxed);
+    }
+
+    pub(crate) fn add_done(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn add_read(&self, bytes: u64) {
+        self.read.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn add_written(&self, bytes: u64) {
+        self.written.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn add_zero(&self, bytes: u64) {
+        self.zero.fetch_add(bytes, Relaxed);
+    }
+}

@@ -1,0 +1,190 @@
+use diskmill_codec::{Codec, Packer, default_level, level_range};
+use diskmill_io::EngineChoice;
+
+use super::{Assembler, Output};
+use crate::error::{Error, Result};
+use crate::qcow2::{Preallocation, Qcow2Options};
+
+/// The format of the output, with its options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TargetFormat {
+    /// Raw.
+    Raw(RawOptions),
+    /// qcow2.
+    Qcow2(Qcow2Options),
+}
+
+/// Options of a raw output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RawOptions {
+    /// `preallocation`: off, falloc or full.
+    pub preallocation: Preallocation,
+}
+
+impl RawOptions {
+    /// Sets one option as it stands in an `-o` list.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`](crate::Kind::Invalid) for a bad value or an unknown name.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        match (name, value) {
+            ("preallocation", "metadata") => Err(Error::invalid("preallocation=metadata of a raw image").hint("off, falloc or full")),
+            ("preallocation", value) => {
+                self.preallocation = value.parse()?;
+                Ok(())
+            }
+            ("size", _) => Err(Error::unsupported("the option size in a conversion (the source has its size)")),
+            (other, _) => Err(Error::invalid(format!("raw has no option {other:?}")).hint("it has preallocation")),
+        }
+    }
+}
+
+impl TargetFormat {
+    /// The format by its name, with default options.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`](crate::Kind::Unsupported) for a format that is not written.
+    pub fn named(name: &str) -> Result<Self> {
+        match name {
+            "raw" => Ok(Self::Raw(RawOptions::default())),
+            "qcow2" => Ok(Self::Qcow2(Qcow2Options::default())),
+            other => Err(Error::unsupported(format!("the output format {other:?}")).hint("raw and qcow2 are")),
+        }
+    }
+
+    /// The format's name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Raw(_) => "raw",
+            Self::Qcow2(_) => "qcow2",
+        }
+    }
+
+    /// Sets one option as it stands in an `-o` list.
+    ///
+    /// # Errors
+    /// As [`Qcow2Options::set`] and [`RawOptions::set`].
+    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        match self {
+            Self::Raw(options) => options.set(name, value),
+            Self::Qcow2(options) => options.set(name, value),
+        }
+    }
+
+    pub(super) fn is_stream_target(&self) -> bool {
+        matches!(self, Self::Raw(_))
+    }
+}
+
+/// Packing of the output's units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Compression {
+    /// The codec's level; `None` for its default: the fastest whose output is not larger than qemu-img's.
+    pub level: Option<i32>,
+}
+
+/// How to convert.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// The format of the output.
+    pub format: TargetFormat,
+    /// Pack the output (qcow2).
+    pub compress: Option<Compression>,
+    /// Runs of at least this many zero bytes are not written (`-S`); rounded down to a power of two of at least 512. 0
+    /// looks for no zeros and allocates everything. 4096 by default, as in qemu-img.
+    pub sparse_size: u64,
+    /// Make the output, which is written beside its name and renamed when whole. Otherwise (`-n`) it must exist and
+    /// is filled in place.
+    pub create: bool,
+    /// The existing output reads as zeros everywhere.
+    pub target_is_zero: bool,
+    /// Worker threads; `None`: one for each CPU that this process may use.
+    pub threads: Option<usize>,
+    /// Upper bound for the buffers of the conversion, in bytes.
+    pub memory: u64,
+    /// The I/O engine.
+    pub engine: EngineChoice,
+    /// Bypass the page cache when writing. (For reading: [`OpenOptions::direct`](crate::OpenOptions::direct).)
+    pub direct: bool,
+    /// Make the output durable before it gets its name.
+    pub sync: bool,
+    /// Fill what cannot be read with zeros, and go on.
+    pub salvage: bool,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            format: TargetFormat::Raw(RawOptions::default()),
+            compress: None,
+            sparse_size: 4096,
+            create: true,
+            target_is_zero: false,
+            threads: None,
+            memory: 256 << 20,
+            engine: EngineChoice::Auto,
+            direct: false,
+            sync: false,
+            salvage: false,
+        }
+    }
+}
+
+impl ConvertOptions {
+    /// Checks the options against each other, before anything is opened.
+    pub(super) fn check(&mut self, output: &Output) -> Result<()> {
+        let compress = self.compress.is_some();
+        match &mut self.format {
+            TargetFormat::Raw(_) if compress => return Err(Error::invalid("raw images cannot be compressed")),
+            TargetFormat::Raw(_) => {}
+            TargetFormat::Qcow2(options) => options.check(compress)?,
+        }
+        if let Some(Compression { level: Some(level) }) = self.compress {
+            let codec = self.codec();
+            if !level_range(codec).contains(&level) {
+                let range = level_range(codec);
+                return Err(Error::invalid(format!("{level} is not a level of {}", codec.name()))
+                    .hint(format!("{} to {}", range.start(), range.end())));
+            }
+        }
+        if matches!(output, Output::Stream(_)) && !self.format.is_stream_target() {
+            let name = self.format.name();
+            return Err(Error::unsupported(format!("writing {name} to a pipe")).hint("its header is written last; raw is supported"));
+        }
+        if self.target_is_zero && self.create {
+            return Err(Error::invalid("target-is-zero speaks of an existing target").hint("add -n (--no-create)"));
+        }
+        if self.threads == Some(0) {
+            return Err(Error::invalid("0 threads"));
+        }
+        Ok(())
+    }
+
+    fn codec(&self) -> Codec {
+        match &self.format {
+            TargetFormat::Qcow2(options) if options.compression == diskmill_format::qcow2::CompressionType::Zstd => {
+                Codec::Zstd
+            }
+            _ => Codec::Deflate,
+        }
+    }
+
+    /// Codec and level of the output's units, tried once so that workers cannot fail to make it for its level.
+    pub(super) fn packer(&self, assembler: &dyn Assembler) -> Result<Option<(Codec, i32)>> {
+        let (Some(Compression { level }), Some(codec)) = (self.compress, assembler.codec()) else { return Ok(None) };
+        let level = level.unwrap_or(default_level(codec));
+        Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
+        Ok(Some((codec, level)))
+    }
+
+    /// The granule for zero detection: a power of two, or 0 for none.
+    pub(super) const fn granule(&self) -> u64 {
+        match self.sparse_size {
+            0 => 0,
+            size if size < 512 => 512,
+            size => 1 << size.ilog2(),
+        }
+    }
+}

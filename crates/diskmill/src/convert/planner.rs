@@ -1,0 +1,364 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+use diskmill_codec::Codec;
+use diskmill_io::{Buf, PipeReader, Piece};
+
+use super::buffers::Sizes;
+use super::{Assembler, BadRange, ConvertOptions, Input, TargetFormat};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::layout::{Extent, MapError, Source};
+
+/// Guest bytes of a job, unless units are larger. Small enough that a job's bytes stay in the processor's cache from
+/// the read to the write, large enough that system calls do not count.
+const JOB: u64 = 1 << 20;
+/// Zero runs are passed on in steps of at most this many guest bytes, so that what an assembler makes of one is bounded.
+const ZERO_STEP: u64 = 1 << 30;
+/// A zero run inside a job shorter than this is filled in rather than ending the job.
+const SHORT_RUN: u64 = 64 << 10;
+/// Packed payloads this far apart in their file are still read at once.
+const READ_GAP: u64 = 4 << 10;
+/// How many of a job's latest reads are looked at for a payload that they may hold already.
+const RECENT: usize = 8;
+
+/// A piece of the guest's disk to be dealt with.
+pub(super) struct Item {
+    /// Place in guest order, counted from 0.
+    pub(super) seq: u64,
+    pub(super) guest: Range<u64>,
+    pub(super) work: Work,
+}
+
+pub(super) enum Work {
+    /// Reads as zeros.
+    Zero,
+    /// The output's backing file has it.
+    Skip,
+    /// To be read.
+    Read(Job),
+    /// Read already (a pipe); the buffer holds it.
+    Loaded,
+}
+
+/// What a worker has to read and unpack.
+#[derive(Debug, Default)]
+pub(super) struct Job {
+    pub(super) pieces: Vec<Piece>,
+    /// Which of them read payloads.
+    payload_pieces: Vec<usize>,
+    /// Parts of the guest area that are read into directly.
+    pub(super) raw: Vec<RawPart>,
+    /// Parts that are unpacked from payloads.
+    pub(super) packed: Vec<PackedPart>,
+    /// Parts of the guest area that are zeros.
+    pub(super) fills: Vec<Range<usize>>,
+    /// Parts that the worker reads by itself, because the buffer has no room for their payloads.
+    pub(super) slow: Vec<(usize, Extent, Range<usize>)>,
+    /// Bytes of the buffer in use, guest area and payloads.
+    pub(super) buf_len: usize,
+}
+
+/// A part of the guest area that a piece is read into directly.
+#[derive(Debug, Clone)]
+pub(super) struct RawPart {
+    pub(super) piece: usize,
+    pub(super) dst: Range<usize>,
+}
+
+/// A part of the guest area that is unpacked from a payload in the buffer.
+#[derive(Debug, Clone)]
+pub(super) struct PackedPart {
+    pub(super) piece: usize,
+    pub(super) payload: Range<usize>,
+    /// Host offset of the payload, for messages.
+    pub(super) host: u64,
+    /// Source image, for messages.
+    pub(super) image: usize,
+    pub(super) unit: usize,
+    pub(super) skip: usize,
+    pub(super) codec: Codec,
+    pub(super) dst: Range<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Zero,
+    Skip,
+    Data,
+}
+
+/// Cuts the source into [`Item`]s.
+pub(super) struct Planner<'a> {
+    source: SourceWalk<'a>,
+    next_seq: u64,
+    sizes: Sizes,
+    /// Zeros are data too (`-S 0`).
+    allocate_all: bool,
+}
+
+enum SourceWalk<'a> {
+    Images(ImageWalk<'a>),
+    Stream { pipe: PipeReader, at: u64, ended: bool },
+}
+
+struct ImageWalk<'a> {
+    /// Each image and the guest offset at which it starts.
+    images: Vec<(u64, &'a Image)>,
+    at: u64,
+    total: u64,
+    backed: bool,
+    salvage: bool,
+    /// The extent that was looked up last.
+    last: Option<(usize, Extent)>,
+    bad: Vec<BadRange>,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn new(input: Input<'a>, assembler: &dyn Assembler, options: &ConvertOptions) -> Result<Self> {
+        let backed = matches!(&options.format, TargetFormat::Qcow2(qcow2) if qcow2.backing_file.is_some());
+        let packed_unit = match &input {
+            Input::Images(images) => images.iter().map(Image::packed_unit).max().unwrap_or(0),
+            Input::Stream(_) => 0,
+        };
+        let unit = assembler.unit();
+        let job = JOB.max(unit).max(packed_unit);
+        let source = match input {
+            Input::Stream(pipe) => SourceWalk::Stream { pipe, at: 0, ended: false },
+            Input::Images(images) => {
+                let mut total = 0u64;
+                let mut placed = Vec::with_capacity(images.len());
+                for image in images {
+                    placed.push((total, image));
+                    total = total.checked_add(image.size()).ok_or_else(|| Error::invalid("the sources are too large"))?;
+                }
+                let salvage = options.salvage;
+                SourceWalk::Images(ImageWalk { images: placed, at: 0, total, backed, salvage, last: None, bad: Vec::new() })
+            }
+        };
+        // Payloads may be up to twice their unit, and the first and last may stand for a part of it only.
+        let packed = if packed_unit == 0 { 0 } else { 2 * job + 4 * packed_unit };
+        let sizes = Sizes { unit, job, packed };
+        Ok(Self { source, next_seq: 0, sizes, allocate_all: options.granule() == 0 })
+    }
+
+    pub(super) const fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// The next item; `None` at the end. A pipe's bytes are read into `buf`.
+    pub(super) fn next(&mut self, buf: &mut Buf) -> Result<Option<Item>> {
+        let found = match &mut self.source {
+            SourceWalk::Images(walk) => walk.next(&self.sizes, self.allocate_all)?,
+            SourceWalk::Stream { pipe, at, ended } => Self::load(pipe, at, ended, buf, self.sizes.job)?,
+        };
+        Ok(found.map(|(guest, work)| {
+            let seq = self.next_seq;
+            self.next_seq += 1;
+            Item { seq, guest, work }
+        }))
+    }
+
+    fn load(
+        pipe: &mut PipeReader,
+        at: &mut u64,
+        ended: &mut bool,
+        buf: &mut Buf,
+        job: u64,
+    ) -> Result<Option<(Range<u64>, Work)>> {
+        if *ended {
+            return Ok(None);
+        }
+        buf.set_len(job as usize);
+        let got = pipe.fill(buf).map_err(|error| Error::io("cannot read from the pipe", error))?;
+        *ended = got < buf.len();
+        if got == 0 {
+            return Ok(None);
+        }
+        // Disks consist of 512-byte sectors.
+        let len = got.next_multiple_of(512);
+        if let Some(pad) = buf.get_mut(got..len) {
+            pad.fill(0);
+        }
+        let start = *at;
+        *at = start.checked_add(len as u64).ok_or_else(|| Error::invalid("the pipe's data is larger than a disk can be"))?;
+        Ok(Some((start..*at, Work::Loaded)))
+    }
+
+    /// Size of the disk, known when the last item has been handed out, and what could not be mapped.
+    pub(super) fn into_result(self) -> (u64, Vec<BadRange>) {
+        match self.source {
+            SourceWalk::Images(walk) => (walk.total, walk.bad),
+            SourceWalk::Stream { at, .. } => (at, Vec::new()),
+        }
+    }
+}
+
+impl ImageWalk<'_> {
+    fn next(&mut self, sizes: &Sizes, allocate_all: bool) -> Result<Option<(Range<u64>, Work)>> {
+        if self.at >= self.total {
+            return Ok(None);
+        }
+        let start = self.at;
+        let class = self.class_at(start, allocate_all)?;
+        if class != Class::Data {
+            let most = start.saturating_add(ZERO_STEP).min(self.total);
+            let end = self.run_end(start, class, most, allocate_all)?;
+            let end = if end == self.total { end } else { end - end % sizes.unit };
+            if end > start {
+                self.at = end;
+                let work = if class == Class::Zero { Work::Zero } else { Work::Skip };
+                return Ok(Some((start..end, work)));
+            }
+        }
+        let job = self.job(start, sizes, allocate_all)?;
+        Ok(Some((start..self.at, Work::Read(job))))
+    }
+
+    fn class_at(&mut self, at: u64, allocate_all: bool) -> Result<Class> {
+        let backed = self.backed;
+        let (_, extent) = self.extent(at)?;
+        Ok(match extent.source {
+            // The output's own backing file stands for the source's backing chain.
+            _ if backed && extent.depth > 0 => Class::Skip,
+            Source::Zero if !allocate_all => Class::Zero,
+            _ => Class::Data,
+        })
+    }
+
+    /// Where the run of `class` from `at` on ends, at most `most`.
+    fn run_end(&mut self, at: u64, class: Class, most: u64, allocate_all: bool) -> Result<u64> {
+        let mut end = at;
+        while end < most && self.class_at(end, allocate_all)? == class {
+            end = self.extent(end)?.1.guest.end;
+        }
+        Ok(end.min(most))
+    }
+
+    /// The extent that holds guest offset `at` (of all sources together, as its range is).
+    fn extent(&mut self, at: u64) -> Result<(usize, &Extent)> {
+        if !self.last.as_ref().is_some_and(|(_, extent)| extent.guest.contains(&at)) {
+            self.last = Some(self.look_up(at)?);
+        }
+        match &self.last {
+            Some((index, extent)) => Ok((*index, extent)),
+            None => Err(Error::invalid("an offset past all sources")),
+        }
+    }
+
+    fn look_up(&mut self, at: u64) -> Result<(usize, Extent)> {
+        let index = self.images.partition_point(|(start, _)| *start <= at).saturating_sub(1);
+        // Empty images share their start with the next one, which the search prefers.
+        let Some(&(base, image)) = self.images.get(index) else { return Err(Error::invalid("no source")) };
+        match image.map(at - base, u64::MAX) {
+            Ok(extent) => {
+                let guest = extent.guest.start + base..extent.guest.end + base;
+                Ok((index, Extent { guest, ..extent }))
+            }
+            Err(MapError { error, len }) if self.salvage => {
+                let end = at.saturating_add(len).min(base + image.size());
+                self.bad.push(BadRange { start: at, len: end - at, reason: error.to_string() });
+                let extent =
+                    Extent { guest: at..end, source: Source::Zero, depth: 0, present: true, zero_host: None };
+                Ok((index, extent))
+            }
+            Err(MapError { error, .. }) => Err(error),
+        }
+    }
+
+    fn job(&mut self, start: u64, sizes: &Sizes, allocate_all: bool) -> Result<Job> {
+        let limit = (start - start % sizes.job).saturating_add(sizes.job).min(self.total);
+        let mut job = Job::default();
+        let mut packed_end = sizes.job as usize;
+        let capacity = (sizes.job + sizes.packed) as usize;
+        while self.at < limit {
+            let at = self.at;
+            let aligned = at % sizes.unit == 0;
+            if at > start && aligned && self.class_at(at, allocate_all)? != Class::Data {
+                // A long run ends the job; a short one is cheaper filled in than sent around.
+                let class = self.class_at(at, allocate_all)?;
+                let enough = at.saturating_add(sizes.unit.max(SHORT_RUN));
+                if self.run_end(at, class, enough.min(self.total), allocate_all)? >= enough.min(self.total) {
+                    break;
+                }
+            }
+            let (index, extent) = self.extent(at)?;
+            let end = extent.guest.end.min(limit);
+            let dst = (at - start) as usize..(end - start) as usize;
+            let source = extent.source.advanced(at - extent.guest.start);
+            let extent = Extent { guest: at..end, source, ..extent.clone() };
+            let Some(&(base, image)) = self.images.get(index) else { break };
+            match source {
+                Source::Zero => job.fills.push(dst),
+                Source::Raw { file, at } => {
+                    let file = image.file(file)?.storage.clone();
+                    job.raw.push(RawPart { piece: job.pieces.len(), dst: dst.clone() });
+                    job.pieces.push(Piece { file, at: at.get(), buf_at: dst.start, len: dst.len() });
+                }
+                Source::Packed { file, at: host, len, unit, skip, codec } => {
+                    let file = image.file(file)?.storage.clone();
+                    let wanted = Wanted { file, at: host.get(), len: len as usize };
+                    match job.add_payload(wanted, &mut packed_end, capacity) {
+                        Some((piece, payload)) => job.packed.push(PackedPart {
+                            piece,
+                            payload,
+                            host: host.get(),
+                            image: index,
+                            unit: unit as usize,
+                            skip: skip as usize,
+                            codec,
+                            dst,
+                        }),
+                        None => {
+                            let guest = extent.guest.start - base..extent.guest.end - base;
+                            job.slow.push((index, Extent { guest, ..extent }, dst));
+                        }
+                    }
+                }
+            }
+            self.at = end;
+        }
+        job.buf_len = if packed_end > sizes.job as usize { packed_end } else { sizes.job as usize };
+        Ok(job)
+    }
+}
+
+struct Wanted {
+    file: diskmill_io::SharedStorage,
+    at: u64,
+    len: usize,
+}
+
+impl Job {
+    /// Room in the buffer for a payload: in a piece that reads it already, at the end of the last piece if the
+    /// payload follows it in the file, or in a piece of its own. `None` if the buffer is full.
+    fn add_payload(&mut self, wanted: Wanted, end: &mut usize, capacity: usize) -> Option<(usize, Range<usize>)> {
+        let Wanted { file, at, len } = wanted;
+        for &index in self.payload_pieces.iter().rev().take(RECENT) {
+            let piece = self.pieces.get_mut(index)?;
+            let piece_end = piece.at + piece.len as u64;
+            if !Arc::ptr_eq(&piece.file, &file) || at < piece.at {
+                continue;
+            }
+            let from = piece.buf_at + (at - piece.at) as usize;
+            let payload = from..from + len;
+            if at + len as u64 <= piece_end {
+                return Some((index, payload));
+            }
+            let last_in_buffer = piece.buf_at + piece.len == *end;
+            if last_in_buffer && at <= piece_end + READ_GAP && payload.end <= capacity {
+                piece.len = payload.end - piece.buf_at;
+                *end = payload.end;
+                return Some((index, payload));
+            }
+        }
+        if *end + len > capacity {
+            return None;
+        }
+        let from = *end;
+        *end += len;
+        self.payload_pieces.push(self.pieces.len());
+        self.pieces.push(Piece { file, at, buf_at: from, len });
+        Some((self.pieces.len() - 1, from..from + len))
+    }
+}

@@ -1,0 +1,324 @@
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage};
+
+use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
+use super::raw::{RawAssembler, RawZeros};
+use super::{ConvertOptions, Monitor, Output, TargetFormat};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Image, OpenOptions, resolve};
+use crate::policy::{Allow, OpenPolicy};
+use crate::qcow2::{Preallocation, Qcow2Assembler, Qcow2Options};
+
+/// The output's files.
+pub(super) struct Target {
+    main: Main,
+    data: Option<(SharedStorage, PendingFile)>,
+    path: PathBuf,
+    /// Old bytes may be there.
+    dirty: bool,
+    /// Held until the output has its name, so that nobody begins to use the old file meanwhile.
+    _lock: Option<ImageLock>,
+}
+
+enum Main {
+    /// A new file, named when it is whole.
+    Pending(SharedStorage, PendingFile),
+    /// A device, or a file that is filled in place.
+    Existing(SharedStorage),
+    Stream(Mutex<Stream>),
+}
+
+struct Stream {
+    pipe: PipeWriter,
+    at: u64,
+}
+
+impl Target {
+    /// Opens or makes the output for a disk of `size` bytes (`None`: not known yet).
+    pub(super) fn open(output: Output, options: &mut ConvertOptions, sources: &[Image], size: Option<u64>) -> Result<Self> {
+        let path = match output {
+            Output::Path(path) => path,
+            Output::Stream(pipe) => {
+                let main = Main::Stream(Mutex::new(Stream { pipe, at: 0 }));
+                return Ok(Self { main, data: None, path: PathBuf::from("-"), dirty: false, _lock: None });
+            }
+        };
+        let target = Self::open_path(path.clone(), options, sources, size);
+        target.map_err(|error| error.of(&path))
+    }
+
+    fn open_path(path: PathBuf, options: &mut ConvertOptions, sources: &[Image], size: Option<u64>) -> Result<Self> {
+        let meta = std::fs::metadata(&path).ok();
+        refuse_source(meta.as_ref(), sources)?;
+        let device = meta.as_ref().is_some_and(|meta| meta.file_type().is_block_device());
+        if !options.create && !matches!(options.format, TargetFormat::Raw(_)) {
+            let name = options.format.name();
+            return Err(Error::unsupported(format!("filling an existing {name} image (-n)")).hint("leave -n out to make a fresh one; -n works with raw"));
+        }
+        if let TargetFormat::Qcow2(qcow2) = &mut options.format {
+            check_backing(qcow2, &path, sources)?;
+        }
+        if device || !options.create {
+            return Self::existing(path, options, size);
+        }
+        let lock = match &meta {
+            Some(meta) if meta.is_file() => lock_old(&path)?,
+            _ => None,
+        };
+        let create = |path: &Path| {
+            PendingFile::create_with(path, options.direct).map_err(|error| Error::io("cannot create", error).of(path))
+        };
+        let pending = create(&path)?;
+        let data = match &options.format {
+            TargetFormat::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
+                let data = resolve(name.as_bytes(), &path, "external data file")?;
+                if std::fs::metadata(&data).is_ok_and(|data| meta.as_ref().is_some_and(|meta| same(meta, &data))) || data == path {
+                    return Err(Error::invalid("the external data file and the image are one file"));
+                }
+                refuse_source(std::fs::metadata(&data).ok().as_ref(), sources)?;
+                let pending = create(&data)?;
+                Some((pending.storage(), pending))
+            }
+            _ => None,
+        };
+        if let (TargetFormat::Raw(raw), Some(size)) = (&options.format, size.filter(|&size| size > 0))
+            && raw.preallocation == Preallocation::Falloc
+        {
+            pending.storage().allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;
+        }
+        Ok(Self { main: Main::Pending(pending.storage(), pending), data, path, dirty: false, _lock: lock })
+    }
+
+    fn existing(path: PathBuf, options: &ConvertOptions, size: Option<u64>) -> Result<Self> {
+        let how = OpenHow { read: true, write: true, create_new: false, direct: options.direct };
+        let storage = FileStorage::open(&path, &how).map_err(|error| Error::io("cannot open for writing", error))?;
+        let storage: SharedStorage = Arc::new(storage);
+        let lock = acquire(&storage)?;
+        let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        if let Some(size) = size
+            && matches!(options.format, TargetFormat::Raw(_))
+            && len < size
+        {
+            return Err(Error::invalid(format!("the target has {len} bytes, and the source needs {size}")));
+        }
+        let dirty = !options.target_is_zero;
+        Ok(Self { main: Main::Existing(storage), data: None, path, dirty, _lock: lock })
+    }
+
+    /// Lays out what this output is to hold.
+    pub(super) fn assembler(&self, options: &ConvertOptions) -> Result<Box<dyn Assembler>> {
+        Ok(match &options.format {
+            TargetFormat::Qcow2(qcow2) => Box::new(Qcow2Assembler::new(qcow2.clone(), self.dirty)?),
+            TargetFormat::Raw(raw) => {
+                let zeros = match &self.main {
+                    Main::Stream(_) => RawZeros::Write,
+                    Main::Existing(_) if self.dirty => RawZeros::Clear,
+                    _ => RawAssembler::zeros_for(raw.preallocation),
+                };
+                // Without zero detection the unit only matters for alignment.
+                let unit = match options.granule() {
+                    0 => 64 << 10,
+                    granule => granule,
+                };
+                Box::new(RawAssembler::new(unit.min(1 << 20), zeros, self.is_stream()))
+            }
+        })
+    }
+
+    pub(super) const fn is_stream(&self) -> bool {
+        matches!(self.main, Main::Stream(_))
+    }
+
+    pub(super) fn is_device(&self) -> bool {
+        matches!(&self.main, Main::Existing(storage) if storage.is_block_device())
+    }
+
+    /// The storage of one of the files, for engines.
+    pub(super) fn file(&self, file: TargetFile) -> Result<SharedStorage> {
+        match (file, &self.main, &self.data) {
+            (TargetFile::Data, _, Some((storage, _))) => Ok(Arc::clone(storage)),
+            (TargetFile::Main, Main::Pending(storage, _) | Main::Existing(storage), _) => Ok(Arc::clone(storage)),
+            _ => Err(Error::invalid("a file that the output does not have")),
+        }
+    }
+
+    pub(super) fn write_error(&self, at: u64, error: std::io::Error) -> Error {
+        let full = error.kind() == std::io::ErrorKind::StorageFull;
+        let error = Error::io(format!("cannot write at offset {at:#x}"), error).of(&self.path);
+        if full { error.hint("the disk is full; the unfinished output was removed") } else { error }
+    }
+
+    /// Does one write. `bytes` is the buffer that [`WriteWhat::Buf`] speaks of.
+    pub(super) fn write(&self, op: &WriteOp, bytes: &[u8], monitor: &Monitor) -> Result<()> {
+        let data = match &op.what {
+            WriteWhat::Buf { at, len } => bytes.get(*at..).and_then(|rest| rest.get(..*len)),
+            WriteWhat::Bytes(bytes) => Some(bytes.as_slice()),
+            WriteWhat::Zeroes { .. } | WriteWhat::Reserve { .. } => Some(&[][..]),
+        };
+        let data = data.ok_or_else(|| Error::invalid("a write from outside its buffer"))?;
+        if let Main::Stream(stream) = &self.main {
+            let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+            return stream.write(op, data, monitor);
+        }
+        let storage = self.file(op.file)?;
+        let failed = |error| self.write_error(op.at, error);
+        match &op.what {
+            WriteWhat::Zeroes { len, written: false } => storage.write_zeroes(op.at, *len, false).map_err(failed),
+            WriteWhat::Zeroes { len, written: true } => {
+                let zeros = vec![0; (*len).min(1 << 20) as usize];
+                let mut left = *len;
+                let mut at = op.at;
+                while left > 0 {
+                    let part = zeros.get(..left.min(zeros.len() as u64) as usize).unwrap_or_default();
+                    write_all(&storage, part, at).map_err(failed)?;
+                    at += part.len() as u64;
+                    left -= part.len() as u64;
+                }
+                monitor.add_written(*len);
+                Ok(())
+            }
+            WriteWhat::Reserve { len } => storage.allocate(op.at, *len).map_err(failed),
+            WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
+                write_all(&storage, data, op.at).map_err(failed)?;
+                monitor.add_written(data.len() as u64);
+                Ok(())
+            }
+        }
+    }
+
+    /// Brings the files to their lengths and writes the header, which makes the output an image.
+    pub(super) fn complete(&self, finish: Finish, options: &ConvertOptions, monitor: &Monitor) -> Result<()> {
+        let Finish { file_len, data_len, header } = finish;
+        if let (Main::Pending(storage, _), Some(len)) = (&self.main, file_len) {
+            storage.set_len(len).map_err(|error| self.write_error(len, error))?;
+        }
+        if let (Some((storage, _)), Some(len)) = (&self.data, data_len) {
+            storage.set_len(len).map_err(|error| self.write_error(len, error))?;
+        }
+        let barrier = |storage: &SharedStorage| storage.sync().map_err(|error| Error::io("cannot flush", error).of(&self.path));
+        match &self.main {
+            Main::Existing(storage) => {
+                // Here the header is what makes old bytes an image: never before what it points to.
+                if header.is_some() || options.sync {
+                    barrier(storage)?;
+                }
+            }
+            Main::Pending(..) | Main::Stream(_) => {}
+        }
+        if let Some(header) = header {
+            self.write(&WriteOp::bytes(0, header), &[], monitor)?;
+            if let (Main::Existing(storage), true) = (&self.main, options.sync) {
+                barrier(storage)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives new files their names.
+    pub(super) fn publish(self, options: &ConvertOptions) -> Result<()> {
+        let Self { main, data, path, .. } = self;
+        // The data file first: an image must not name one that is not there.
+        for pending in data.map(|(_, pending)| pending).into_iter().chain(match main {
+            Main::Pending(_, pending) => Some(pending),
+            Main::Existing(_) | Main::Stream(_) => None,
+        }) {
+            pending.publish(options.sync).map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
+        }
+        Ok(())
+    }
+}
+
+impl Stream {
+    fn write(&mut self, op: &WriteOp, data: &[u8], monitor: &Monitor) -> Result<()> {
+        let failed = |error| Error::io("cannot write to the pipe", error);
+        if op.at != self.at {
+            return Err(Error::invalid("a write out of order to a pipe"));
+        }
+        let len = match op.what {
+            WriteWhat::Zeroes { len, .. } | WriteWhat::Reserve { len } => {
+                self.pipe.write_zeroes(len).map_err(failed)?;
+                len
+            }
+            WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
+                self.pipe.write_all(data).map_err(failed)?;
+                data.len() as u64
+            }
+        };
+        self.at += len;
+        monitor.add_written(len);
+        Ok(())
+    }
+}
+
+fn write_all(storage: &SharedStorage, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match storage.write_at(bytes, at) {
+            Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+            Ok(done) => {
+                bytes = bytes.get(done..).unwrap_or_default();
+                at = at.saturating_add(done as u64);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// An output that is one of the source's files would destroy what is being read.
+fn refuse_source(target: Option<&std::fs::Metadata>, sources: &[Image]) -> Result<()> {
+    let Some(target) = target else { return Ok(()) };
+    let mut files = sources.iter().flat_map(Image::files);
+    if files.any(|file| std::fs::metadata(&file.path).is_ok_and(|meta| same(&meta, target))) {
+        return Err(Error::invalid("the output is a file of the source"));
+    }
+    Ok(())
+}
+
+fn acquire(storage: &SharedStorage) -> Result<Option<ImageLock>> {
+    match ImageLock::acquire(storage, LockMode::Writer) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(LockError::Io(error)) => Err(Error::io("cannot lock", error)),
+        Err(conflict) => Err(Error::new(Kind::Busy, conflict.to_string())),
+    }
+}
+
+/// The file that will be replaced must not be in use: its user would go on with a file that has no name any more.
+fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
+    match FileStorage::open(path, &OpenHow { read: true, ..OpenHow::default() }) {
+        Ok(old) => {
+            let old: SharedStorage = Arc::new(old);
+            acquire(&old)
+        }
+        // Unreadable for us: whether it can be replaced is seen when that is tried.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Finds the backing file of the output, and writes down its format.
+fn check_backing(options: &mut Qcow2Options, path: &Path, sources: &[Image]) -> Result<()> {
+    let Some(name) = &options.backing_file else { return Ok(()) };
+    if sources.len() != 1 {
+        return Err(Error::invalid("an output with a backing file takes exactly one source image"));
+    }
+    let backing = resolve(name.as_bytes(), path, "backing file")?;
+    let open = OpenOptions {
+        format: options.backing_format.as_deref().map(str::parse).transpose()?,
+        // The user named it, and only its size and format are looked at.
+        policy: OpenPolicy { allow: Allow::Anything, paths: Vec::new() },
+        metadata_only: true,
+        ..OpenOptions::default()
+    };
+    let backing = Image::open(&backing, &open)?;
+    if options.backing_format.is_none() {
+        options.backing_format = Some(backing.info().format.name().to_owned());
+    }
+    Ok(())
+}

@@ -1,0 +1,432 @@
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use diskmill_codec::{Codec, Packer, Unpacker, is_zero};
+use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
+
+use super::assembler::{Unit, WriteWhat};
+use super::buffers::{Buffers, Credit};
+use super::placer::{Filled, FilledKind, Placer, WriteSet};
+use super::planner::{Item, Job, Planner, Work};
+use super::{BadRange, ConvertOptions, Monitor};
+use crate::error::{Error, Result};
+use crate::image::Image;
+
+/// What the workers share.
+pub(super) struct Shared<'a> {
+    pub(super) planner: Mutex<Planner<'a>>,
+    pub(super) placer: Placer<'a>,
+    pub(super) buffers: Buffers,
+    pub(super) sources: &'a [Image],
+    pub(super) packer: Option<(Codec, i32)>,
+    pub(super) subunit: u64,
+    pub(super) whole_units: bool,
+    pub(super) options: &'a ConvertOptions,
+    pub(super) monitor: &'a Monitor,
+    pub(super) plan: &'a EnginePlan,
+    pub(super) depth: usize,
+    pub(super) bad: Mutex<Vec<BadRange>>,
+    /// The first failure ends the conversion.
+    pub(super) failed: Mutex<Option<Error>>,
+}
+
+impl<'a> Shared<'a> {
+    /// The placer, the disk's size and the bad ranges, or the first failure.
+    pub(super) fn into_result(self) -> Result<(Placer<'a>, u64, Vec<BadRange>)> {
+        if let Some(error) = self.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let (size, mut bad) = self.planner.into_inner().unwrap_or_else(PoisonError::into_inner).into_result();
+        bad.extend(self.bad.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Ok((self.placer, size, bad))
+    }
+
+    fn fail(&self, error: Error) {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.buffers.stop();
+    }
+}
+
+enum InFlight {
+    Read(u64, std::ops::Range<u64>, Job),
+    /// Guest bytes that are done when it is written.
+    Write(u64),
+}
+
+/// Reads, unpacks, looks for zeros, packs and leaves what it has with the placer, until nothing is left.
+pub(super) struct Worker<'s, 'a> {
+    shared: &'s Shared<'a>,
+    engine: Box<dyn Engine>,
+    unpacker: Unpacker,
+    packer: Option<Packer>,
+    /// What units are packed into; takes the place of the buffer that goes to the placer.
+    scratch: Option<Buf>,
+    /// A unit of which the job needs only a part, and which it is: piece and position of its payload.
+    partial: (Option<(usize, usize)>, Vec<u8>),
+    in_flight: HashMap<u64, InFlight>,
+    next_tag: u64,
+    exhausted: bool,
+}
+
+impl<'s, 'a> Worker<'s, 'a> {
+    pub(super) fn new(shared: &'s Shared<'a>) -> Self {
+        Self {
+            engine: shared.plan.engine(shared.depth),
+            shared,
+            unpacker: Unpacker::new(),
+            packer: None,
+            scratch: None,
+            partial: (None, Vec::new()),
+            in_flight: HashMap::new(),
+            next_tag: 0,
+            exhausted: false,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.work() {
+            self.shared.fail(error);
+        }
+    }
+
+    fn work(&mut self) -> Result<()> {
+        if let Some((codec, level)) = self.shared.packer {
+            self.packer = Some(Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?);
+            self.scratch = Some(self.buffer()?);
+        }
+        let mut done = Vec::new();
+        loop {
+            self.issue()?;
+            if self.engine.in_flight() == 0 {
+                if self.exhausted {
+                    return Ok(());
+                }
+                continue;
+            }
+            self.reap(&mut done)?;
+        }
+    }
+
+    fn buffer(&mut self) -> Result<Buf> {
+        let capacity = self.shared.buffers.capacity();
+        self.engine.buffer(capacity).map_err(|error| Error::io("no memory for a buffer", error))
+    }
+
+    /// Starts reads as long as there are credits and room in the queue.
+    fn issue(&mut self) -> Result<()> {
+        // Half of the queue is left to writes.
+        let reads = self.engine.depth().div_ceil(2);
+        while !self.exhausted && self.engine.in_flight() < reads {
+            if self.shared.monitor.is_cancelled() {
+                return Err(Error::cancelled());
+            }
+            let mut buf = match self.shared.buffers.take(self.engine.in_flight() == 0) {
+                Some(Credit::Used(buf)) => buf,
+                Some(Credit::Fresh) => self.buffer()?,
+                None => {
+                    // Either the conversion ends, or there is something in flight to wait for.
+                    self.exhausted = self.engine.in_flight() == 0;
+                    return Ok(());
+                }
+            };
+            let next = {
+                let mut planner = self.shared.planner.lock().unwrap_or_else(PoisonError::into_inner);
+                planner.next(&mut buf)?
+            };
+            let Some(Item { seq, guest, work }) = next else {
+                self.exhausted = true;
+                self.shared.buffers.give_back(buf);
+                return Ok(());
+            };
+            match work {
+                Work::Zero => {
+                    self.shared.buffers.give_back(buf);
+                    self.deposit(seq, Filled { guest, kind: FilledKind::Zero })?;
+                }
+                Work::Skip => {
+                    self.shared.buffers.give_back(buf);
+                    self.deposit(seq, Filled { guest, kind: FilledKind::Skip })?;
+                }
+                Work::Loaded => {
+                    self.shared.monitor.add_read(guest.end - guest.start);
+                    self.pass_on(seq, guest, buf)?;
+                }
+                Work::Read(mut job) => {
+                    buf.set_len(job.buf_len);
+                    let batch = Batch { direction: Direction::Read, pieces: std::mem::take(&mut job.pieces) };
+                    self.submit(batch, buf, InFlight::Read(seq, guest, job))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, mut batch: Batch, mut buf: Buf, what: InFlight) -> Result<()> {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        self.in_flight.insert(tag, what);
+        while let Err(Full(unsent, back)) = self.engine.submit(batch, buf, tag) {
+            (batch, buf) = (unsent, back);
+            self.reap(&mut Vec::new())?;
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<Done>) -> Result<()> {
+        self.engine.reap(1, done).map_err(|error| Error::io("the I/O engine failed", error))?;
+        for done in done.drain(..) {
+            match self.in_flight.remove(&done.tag) {
+                Some(InFlight::Read(seq, guest, job)) => self.read_done(seq, guest, job, done)?,
+                Some(InFlight::Write(guest)) => self.write_done(guest, done)?,
+                None => return Err(Error::invalid("the I/O engine finished something that was not begun")),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_done(&mut self, guest: u64, done: Done) -> Result<()> {
+        if let Some((piece, error)) = done.failed.into_iter().next() {
+            let at = done.batch.pieces.get(piece).map_or(0, |piece| piece.at);
+            return Err(self.shared.placer.target().write_error(at, error));
+        }
+        let written = done.batch.pieces.iter().map(|piece| piece.len as u64).sum();
+        self.shared.monitor.add_written(written);
+        self.shared.monitor.add_done(guest);
+        self.shared.buffers.give_back(done.buf);
+        Ok(())
+    }
+
+    fn read_done(&mut self, seq: u64, guest: std::ops::Range<u64>, job: Job, done: Done) -> Result<()> {
+        let Done { batch, mut buf, failed, .. } = done;
+        self.shared.monitor.add_read(batch.pieces.iter().map(|piece| piece.len as u64).sum());
+        let mut bad_pieces = Vec::new();
+        for (index, error) in failed {
+            let Some(piece) = batch.pieces.get(index) else { continue };
+            let error = self.read_error(piece, error);
+            if !self.shared.options.salvage {
+                return Err(error);
+            }
+            bad_pieces.push((index, error.to_string()));
+        }
+        let job_len = self.shared.buffers.sizes().job as usize;
+        let len = (guest.end - guest.start) as usize;
+        {
+            let (area, _) = buf.split_at_mut_checked(job_len).ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
+            for fill in &job.fills {
+                zero(area, fill.clone());
+            }
+            for part in &job.raw {
+                if let Some((_, reason)) = bad_pieces.iter().find(|(index, _)| *index == part.piece) {
+                    zero(area, part.dst.clone());
+                    self.report(&guest, &part.dst, reason.clone());
+                }
+            }
+        }
+        self.unpack(&guest, &job, &bad_pieces, &mut buf)?;
+        for (image, extent, dst) in &job.slow {
+            let Some(source) = self.shared.sources.get(*image) else { continue };
+            let Some(part) = buf.get_mut(dst.clone()) else { continue };
+            if let Err(error) = source.reader().read_extent(extent, part) {
+                part.fill(0);
+                self.bad(&guest, dst, error)?;
+            }
+        }
+        if self.shared.whole_units {
+            let whole = len.next_multiple_of(self.shared.buffers.sizes().unit as usize);
+            zero(&mut buf, len..whole);
+        }
+        self.pass_on(seq, guest, buf)
+    }
+
+    fn read_error(&self, piece: &Piece, error: std::io::Error) -> Error {
+        let files = self.shared.sources.iter().flat_map(Image::files);
+        let path = files.into_iter().find(|file| std::sync::Arc::ptr_eq(&file.storage, &piece.file));
+        let error = if error.kind() == std::io::ErrorKind::UnexpectedEof {
+            Error::corrupt("guest data", Some(piece.at), "the file ends here: it is truncated, or shrank while it was read")
+        } else {
+            Error::io(format!("cannot read {} bytes at offset {:#x}", piece.len, piece.at), error)
+        };
+        match path {
+            Some(file) => error.of(&file.path),
+            None => error,
+        }
+    }
+
+    /// Damage at `dst` of the guest area: ends the conversion, or is noted when salvaging.
+    fn bad(&self, guest: &std::ops::Range<u64>, dst: &std::ops::Range<usize>, error: Error) -> Result<()> {
+        if !self.shared.options.salvage {
+            return Err(error);
+        }
+        self.report(guest, dst, error.to_string());
+        Ok(())
+    }
+
+    fn report(&self, guest: &std::ops::Range<u64>, dst: &std::ops::Range<usize>, reason: String) {
+        let range = BadRange { start: guest.start + dst.start as u64, len: dst.len() as u64, reason };
+        self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+    }
+
+    fn unpack(
+        &mut self,
+        guest: &std::ops::Range<u64>,
+        job: &Job,
+        bad_pieces: &[(usize, String)],
+        buf: &mut Buf,
+    ) -> Result<()> {
+        let job_len = self.shared.buffers.sizes().job as usize;
+        self.partial.0 = None;
+        for part in &job.packed {
+            let (area, payloads) =
+                buf.split_at_mut_checked(job_len).ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
+            let payload = part.payload.start.checked_sub(job_len).and_then(|start| payloads.get(start..)?.get(..part.payload.len()));
+            let (Some(payload), Some(dst)) = (payload, area.get_mut(part.dst.clone())) else {
+                return Err(Error::invalid("a payload outside its buffer"));
+            };
+            if let Some((_, reason)) = bad_pieces.iter().find(|(index, _)| *index == part.piece) {
+                dst.fill(0);
+                self.report(guest, &part.dst, reason.clone());
+                continue;
+            }
+            let unpacked = if part.skip == 0 && dst.len() == part.unit {
+                self.unpacker.unpack(part.codec, payload, dst)
+            } else {
+                let (held, unit) = &mut self.partial;
+                let key = Some((part.piece, part.payload.start));
+                let unpacked = if *held == key {
+                    Ok(())
+                } else {
+                    *held = None;
+                    unit.resize(part.unit, 0);
+                    self.unpacker.unpack(part.codec, payload, unit)
+                };
+                if unpacked.is_ok() {
+                    *held = key;
+                    match unit.get(part.skip..).and_then(|rest| rest.get(..dst.len())) {
+                        Some(bytes) => dst.copy_from_slice(bytes),
+                        None => return Err(Error::invalid("a run reaches past its packed unit")),
+                    }
+                }
+                unpacked
+            };
+            if let Err(error) = unpacked {
+                dst.fill(0);
+                let error = Error::corrupt("compressed cluster", Some(part.host), error.to_string());
+                let path = self.shared.sources.get(part.image).and_then(|image| image.chain().next()).map(|(path, _)| path);
+                let error = match path {
+                    Some(path) => error.of(path),
+                    None => error,
+                };
+                self.bad(guest, &part.dst, error)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for zeros, packs, and leaves the result with the placer.
+    fn pass_on(&mut self, seq: u64, guest: std::ops::Range<u64>, buf: Buf) -> Result<()> {
+        let unit = self.shared.buffers.sizes().unit as usize;
+        let len = (guest.end - guest.start) as usize;
+        let filled = if self.shared.whole_units { len.next_multiple_of(unit) } else { len };
+        let area = buf.get(..filled).ok_or_else(|| Error::invalid("a job longer than its buffer"))?;
+        let scan = self.shared.options.granule() != 0;
+        let mut units: Vec<Unit> = area.chunks(unit).map(|bytes| self.classify(bytes, scan)).collect();
+        let buf = match (&mut self.packer, self.scratch.take()) {
+            (Some(packer), Some(mut scratch)) => {
+                pack(packer, area, unit, &mut units, &mut scratch)?;
+                self.scratch = Some(buf);
+                scratch
+            }
+            _ => buf,
+        };
+        self.deposit(seq, Filled { guest, kind: FilledKind::Units(units, buf) })
+    }
+
+    fn classify(&self, bytes: &[u8], scan: bool) -> Unit {
+        if !scan {
+            return Unit::Data { zero: 0 };
+        }
+        let subunit = self.shared.subunit as usize;
+        if subunit >= bytes.len() || self.packer.is_some() {
+            return if is_zero(bytes) { Unit::Zero } else { Unit::Data { zero: 0 } };
+        }
+        let zeros = bytes.chunks(subunit).map(is_zero).zip(0..32).fold(0u32, |mask, (zero, bit)| mask | u32::from(zero) << bit);
+        if zeros == u32::MAX { Unit::Zero } else { Unit::Data { zero: zeros } }
+    }
+
+    fn deposit(&mut self, seq: u64, filled: Filled) -> Result<()> {
+        let shared = self.shared;
+        let mine = shared.placer.deposit(seq, filled, shared.monitor)?;
+        for set in mine {
+            self.write_through_engine(set)?;
+        }
+        shared.placer.write_ready(shared.monitor, |buf| {
+            if let Some(buf) = buf {
+                shared.buffers.give_back(buf);
+            }
+        })
+    }
+
+    /// Starts the writes of a set's buffer; the rest, which is small, is written at once.
+    fn write_through_engine(&mut self, set: WriteSet) -> Result<()> {
+        let shared = self.shared;
+        let WriteSet { ops, buf, guest } = set;
+        let mut pieces = Vec::new();
+        for op in &ops {
+            match op.what {
+                WriteWhat::Buf { at, len } => {
+                    pieces.push(Piece { file: shared.placer.target().file(op.file)?, at: op.at, buf_at: at, len });
+                }
+                _ => shared.placer.target().write(op, &[], shared.monitor)?,
+            }
+        }
+        match buf {
+            Some(buf) if !pieces.is_empty() => {
+                let batch = Batch { direction: Direction::Write, pieces };
+                self.submit(batch, buf, InFlight::Write(guest))
+            }
+            buf => {
+                shared.monitor.add_done(guest);
+                if let Some(buf) = buf {
+                    shared.buffers.give_back(buf);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn zero(bytes: &mut [u8], range: std::ops::Range<usize>) {
+    if let Some(part) = bytes.get_mut(range) {
+        part.fill(0);
+    }
+}
+
+/// Packs the units of `area` that are not zero one behind the other into `scratch`.
+fn pack(packer: &mut Packer, area: &[u8], unit: usize, units: &mut [Unit], scratch: &mut Buf) -> Result<()> {
+    scratch.set_len(scratch.capacity());
+    let mut end = 0;
+    for (bytes, state) in area.chunks(unit).zip(units) {
+        if *state == Unit::Zero {
+            continue;
+        }
+        let room = scratch.get_mut(end..).ok_or_else(|| Error::invalid("no room for packed units"))?;
+        // One byte less than the unit: what would not shrink is stored.
+        let most = bytes.len().saturating_sub(1);
+        let target = room.get_mut(..most).ok_or_else(|| Error::invalid("no room for packed units"))?;
+        let packed = packer.pack(bytes, target).map_err(|error| Error::invalid(error.to_string()))?;
+        let len = match packed {
+            Some(len) => {
+                *state = Unit::Packed { at: end, len: len as u32 };
+                len
+            }
+            None => {
+                let target = room.get_mut(..bytes.len()).ok_or_else(|| Error::invalid("no room for packed units"))?;
+                target.copy_from_slice(bytes);
+                *state = Unit::Stored { at: end };
+                bytes.len()
+            }
+        };
+        end += len;
+    }
+    Ok(())
+}

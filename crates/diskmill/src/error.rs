@@ -1,0 +1,193 @@
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use diskmill_format::{FormatError, Problem};
+
+/// What kind of failure an [`Error`] is, for callers that act on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// The operating system refused or failed.
+    Io,
+    /// The file is of another format than the one asked for.
+    NotThisFormat,
+    /// The image contradicts its format: damaged, truncated or forged.
+    Corrupt,
+    /// The image or the request is valid but not supported.
+    Unsupported,
+    /// The image asks for more than [`Limits`](crate::Limits) allow.
+    Limit,
+    /// The image names a file that [`OpenPolicy`](crate::OpenPolicy) does not allow.
+    Denied,
+    /// The request contradicts itself or the image.
+    Invalid,
+    /// The image is in use by another process.
+    Busy,
+    /// The caller cancelled.
+    Cancelled,
+}
+
+/// An error: what went wrong, in which file and structure, and what can be done about it.
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    path: Option<PathBuf>,
+    structure: Option<String>,
+    offset: Option<u64>,
+    message: String,
+    hint: Option<String>,
+    source: Option<io::Error>,
+}
+
+// A result with this crate's [`Error`].
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind` with a message.
+    #[must_use]
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            path: None,
+            structure: None,
+            offset: None,
+            message: message.into(),
+            hint: None,
+            source: None,
+        }))
+    }
+
+    pub(crate) fn io(doing: impl Into<String>, source: io::Error) -> Self {
+        let mut error = Self::new(Kind::Io, doing);
+        error.0.source = Some(source);
+        error
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Kind::Invalid, message)
+    }
+
+    pub(crate) fn unsupported(message: impl Into<String>) -> Self {
+        Self::new(Kind::Unsupported, format!("{} is not supported", message.into()))
+    }
+
+    pub(crate) fn corrupt(structure: impl Into<String>, offset: Option<u64>, message: impl Into<String>) -> Self {
+        let mut error = Self::new(Kind::Corrupt, message);
+        error.0.structure = Some(structure.into());
+        error.0.offset = offset;
+        error
+    }
+
+    pub(crate) fn cancelled() -> Self {
+        Self::new(Kind::Cancelled, "cancelled")
+    }
+
+    /// The same error, said of the file at `path`, unless it names one already.
+    #[must_use]
+    pub(crate) fn of(mut self, path: &Path) -> Self {
+        self.0.path.get_or_insert_with(|| path.to_owned());
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    #[must_use]
+    pub(crate) fn within(mut self, structure: impl Into<String>, offset: u64) -> Self {
+        self.0.structure.get_or_insert_with(|| structure.into());
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// The kind of failure.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The file that the error is about.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The structure of the image that is wrong, such as `L2 table 17, entry 3`.
+    #[must_use]
+    pub fn structure(&self) -> Option<&str> {
+        self.0.structure.as_deref()
+    }
+
+    /// The offset in the file, in bytes, at which that structure stands.
+    #[must_use]
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+
+    /// The operating system's error, if it was the cause.
+    #[must_use]
+    pub fn os_error(&self) -> Option<&io::Error> {
+        self.0.source.as_ref()
+    }
+}
+
+impl From<FormatError> for Error {
+    fn from(error: FormatError) -> Self {
+        let kind = match error.problem {
+            Problem::NotThisFormat => Kind::NotThisFormat,
+            Problem::Corrupt => Kind::Corrupt,
+            Problem::Limit => Kind::Limit,
+            _ => Kind::Unsupported,
+        };
+        let message = match kind {
+            Kind::Unsupported => format!("not supported: {}", error.message),
+            _ => error.message,
+        };
+        let mut converted = Self::new(kind, message);
+        converted.0.structure = Some(error.structure);
+        converted.0.offset = error.offset;
+        converted
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { path, structure, offset, message, hint, source, .. } = &*self.0;
+        if let Some(path) = path {
+            // Debug form: names from an image may hold control characters.
+            write!(f, "{path:?}: ")?;
+        }
+        if let Some(structure) = structure {
+            f.write_str(structure)?;
+            if let Some(offset) = offset {
+                write!(f, " at offset {offset:#x}")?;
+            }
+            f.write_str(": ")?;
+        }
+        f.write_str(message)?;
+        if let Some(source) = source {
+            write!(f, ": {source}")?;
+        }
+        if let Some(hint) = hint {
+            write!(f, " ({hint})")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| source as _)
+    }
+}

@@ -1,0 +1,386 @@
+use std::ffi::OsStr;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diskmill_format::qcow2::{Snapshot, feature};
+use diskmill_format::{GuestOffset, Limits};
+use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
+
+use crate::error::{Error, Kind, Result};
+use crate::layout::{Extent, FileId, ImageInfo, LayerSource, Layout, MapError, Source};
+use crate::policy::OpenPolicy;
+use crate::probe::Format;
+use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy, refuse_encryption};
+use crate::raw::RawLayout;
+use crate::reader::{Reader, read_full};
+
+/// Which internal snapshot to read instead of the active state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotRef {
+    /// The one with this id, or else with this name.
+    Any(String),
+    /// The one with this id, this name, or both.
+    Exact {
+        /// Its id.
+        id: Option<String>,
+        /// Its name.
+        name: Option<String>,
+    },
+}
+
+/// How to open an image.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// The format; probed where it is not given. A raw image whose guest is not trusted should be named as such: its
+    /// first bytes are the guest's.
+    pub format: Option<Format>,
+    /// Which other files the image may name.
+    pub policy: OpenPolicy,
+    /// Upper bounds for the image's structures.
+    pub limits: Limits,
+    /// Read although another process may be writing (`-U`).
+    pub force_share: bool,
+    /// Read this internal snapshot of the image itself (not of its backing files).
+    pub snapshot: Option<SnapshotRef>,
+    /// Bypass the page cache.
+    pub direct: bool,
+    /// Do not open the files that the image names: for looking at its metadata alone. Guest data cannot be read then.
+    pub metadata_only: bool,
+}
+
+/// A file that an image consists of.
+#[derive(Debug)]
+pub struct ImageFile {
+    /// Where its bytes are.
+    pub storage: SharedStorage,
+    /// Its path, as far as there is one.
+    pub path: PathBuf,
+}
+
+struct Layer {
+    layout: Box<dyn Layout>,
+    path: PathBuf,
+}
+
+/// An open image with its backing chain, for reading.
+pub struct Image {
+    layers: Vec<Layer>,
+    files: Vec<ImageFile>,
+    /// Released when the image is dropped.
+    _locks: Vec<ImageLock>,
+}
+
+impl Image {
+    /// Opens the image at `path`, and the files that it names if the policy allows.
+    ///
+    /// # Errors
+    /// Any [`Kind`] but `Cancelled`; the message names the file that is the trouble.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
+        Opener::new(options).open(path.as_ref())
+    }
+
+    /// Opens an image in `storage`, which the caller made; `path` only stands in messages. It may name no other file.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub fn from_storage(storage: SharedStorage, path: impl Into<PathBuf>, options: &OpenOptions) -> Result<Self> {
+        let options = OpenOptions { policy: OpenPolicy::default(), ..options.clone() };
+        let path = path.into();
+        let mut opener = Opener::new(&options);
+        let next = opener.layer(storage, path.clone(), options.format, options.snapshot.as_ref(), Path::new(""))?;
+        if let Some(next) = next {
+            let path = next.path;
+            return Err(Error::new(Kind::Denied, format!("the backing file {path:?} is not opened")));
+        }
+        Ok(opener.image)
+    }
+
+    /// Size of the disk that the guest sees, in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.info().virtual_size
+    }
+
+    /// Facts about the image itself.
+    #[must_use]
+    #[expect(clippy::indexing_slicing, reason = "no image is made without a layer")]
+    pub fn info(&self) -> &ImageInfo {
+        self.layers[0].layout.info()
+    }
+
+    /// Facts about each layer with its path: the image itself, its backing file, and so on.
+    pub fn chain(&self) -> impl ExactSizeIterator<Item = (&Path, &ImageInfo)> {
+        self.layers.iter().map(|layer| (layer.path.as_path(), layer.layout.info()))
+    }
+
+    /// The files that [`FileId`]s stand for.
+    #[must_use]
+    pub fn files(&self) -> &[ImageFile] {
+        &self.files
+    }
+
+    pub(crate) fn file(&self, id: FileId) -> Result<&ImageFile> {
+        self.files.get(id.0 as usize).ok_or_else(|| Error::invalid("a file id of another image"))
+    }
+
+    /// Guest bytes in the largest packed unit of any layer, or 0.
+    pub(crate) fn packed_unit(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.layout.info().packed_unit).max().unwrap_or(0)
+    }
+
+    /// Where the guest bytes from `at` on come from: one run of at most `max` bytes.
+    ///
+    /// # Errors
+    /// [`MapError`] where a table of some layer is damaged, or `at` is past the end of the disk.
+    pub fn map(&self, at: u64, max: u64) -> Result<Extent, MapError> {
+        let Some(left) = self.size().checked_sub(at).filter(|&left| left > 0 && max > 0) else {
+            return Err(MapError { error: Error::invalid("an offset past the end of the disk"), len: max.max(1) });
+        };
+        let mut len = max.min(left);
+        for (depth, layer) in (0u16..).zip(&self.layers) {
+            let found = layer
+                .layout
+                .map(GuestOffset(at), len)
+                .map_err(|MapError { error, len }| MapError { error: error.of(&layer.path), len })?;
+            len = len.min(found.len);
+            let answer = |source, present, zero_host| Extent {
+                guest: at..at + len,
+                source,
+                depth,
+                present,
+                zero_host,
+            };
+            match found.source {
+                LayerSource::Data(source) => return Ok(answer(source, true, None)),
+                LayerSource::Zero(host) => return Ok(answer(Source::Zero, true, host)),
+                LayerSource::Unallocated => {
+                    let below = self.layers.get(usize::from(depth) + 1).map_or(0, |next| next.layout.info().virtual_size);
+                    // Past the end of a shorter backing file there is nothing: zeros.
+                    match below.checked_sub(at).filter(|&left| left > 0) {
+                        Some(left) => len = len.min(left),
+                        None => return Ok(answer(Source::Zero, false, None)),
+                    }
+                }
+            }
+        }
+        Err(MapError { error: Error::invalid("an image without layers"), len })
+    }
+
+    /// All runs of `range`, in order. Stops after the first error.
+    pub fn extents(&self, range: Range<u64>) -> impl Iterator<Item = Result<Extent>> + '_ {
+        let mut at = range.start;
+        let end = range.end.min(self.size());
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            match self.map(at, end - at) {
+                Ok(extent) => {
+                    at = extent.guest.end;
+                    Some(Ok(extent))
+                }
+                Err(error) => {
+                    at = end;
+                    Some(Err(error.error))
+                }
+            }
+        })
+    }
+
+    /// A reader of guest bytes. Make one per thread.
+    #[must_use]
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(self)
+    }
+}
+
+/// What the next layer of a chain is.
+struct Next {
+    path: PathBuf,
+    format: Option<Format>,
+}
+
+struct Opener<'a> {
+    options: &'a OpenOptions,
+    image: Image,
+    /// Device and inode of each file, to find loops.
+    seen: Vec<(u64, u64)>,
+}
+
+impl<'a> Opener<'a> {
+    fn new(options: &'a OpenOptions) -> Self {
+        let image = Image { layers: Vec::new(), files: Vec::new(), _locks: Vec::new() };
+        Self { options, image, seen: Vec::new() }
+    }
+
+    fn open(mut self, path: &Path) -> Result<Image> {
+        let root = path.canonicalize().map_err(|error| Error::io("cannot open", error).of(path))?;
+        let root = root.parent().unwrap_or(Path::new("/")).to_owned();
+        let mut next = Next { path: path.to_owned(), format: self.options.format };
+        loop {
+            let top = self.image.layers.is_empty();
+            if self.image.layers.len() >= usize::from(self.options.limits.chain_depth) {
+                let depth = self.options.limits.chain_depth;
+                return Err(Error::new(Kind::Limit, format!("the backing chain has more than {depth} layers")).of(path));
+            }
+            let storage = self.open_file(&next.path, (!top).then_some(root.as_path()))?;
+            let snapshot = self.options.snapshot.as_ref().filter(|_| top);
+            let here = next.path.clone();
+            match self.layer(storage, next.path, next.format, snapshot, &root).map_err(|error| error.of(&here))? {
+                Some(below) => next = below,
+                None => return Ok(self.image),
+            }
+        }
+    }
+
+    /// Opens and locks a file. One that an image in the tree `root` named is checked against the policy again now that
+    /// nobody can exchange it.
+    fn open_file(&mut self, path: &Path, root: Option<&Path>) -> Result<SharedStorage> {
+        let how = OpenHow { read: true, direct: self.options.direct, ..OpenHow::default() };
+        let storage = FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
+        let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
+        if let Some(root) = root
+            && let Ok(real) = std::fs::read_link(format!("/proc/self/fd/{}", storage.file().as_raw_fd()))
+        {
+            self.options.policy.check(&real, root, "file")?;
+        }
+        let identity = (meta.dev(), meta.ino());
+        if self.seen.contains(&identity) {
+            return Err(Error::corrupt("backing chain", None, "it comes back to this file: a loop").of(path));
+        }
+        self.seen.push(identity);
+        let storage: SharedStorage = Arc::new(storage);
+        let mode = if self.options.force_share { LockMode::Shared } else { LockMode::Reader };
+        match ImageLock::acquire(&storage, mode) {
+            Ok(lock) => self.image._locks.push(lock),
+            Err(LockError::Io(error)) => return Err(Error::io("cannot lock", error).of(path)),
+            Err(conflict) => return Err(Error::new(Kind::Busy, conflict.to_string()).of(path)),
+        }
+        Ok(storage)
+    }
+
+    fn file_id(&mut self, storage: &SharedStorage, path: &Path) -> FileId {
+        self.image.files.push(ImageFile { storage: Arc::clone(storage), path: path.to_owned() });
+        // Bounded by the chain's depth.
+        FileId((self.image.files.len() - 1) as u32)
+    }
+
+    /// Adds a layer, and tells which one comes below it.
+    fn layer(
+        &mut self,
+        storage: SharedStorage,
+        path: PathBuf,
+        format: Option<Format>,
+        snapshot: Option<&SnapshotRef>,
+        root: &Path,
+    ) -> Result<Option<Next>> {
+        let format = match format {
+            Some(format) => format,
+            None => {
+                let mut start = [0; 512];
+                let got = read_full(&*storage, &mut start, 0)?;
+                Format::probe(start.get(..got).unwrap_or_default())
+            }
+        };
+        let id = self.file_id(&storage, &path);
+        let (layout, next): (Box<dyn Layout>, _) = match format {
+            Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
+            Format::Raw => (Box::new(RawLayout::new(storage, id)?), None),
+            Format::Qcow2 => {
+                let (layout, next) = self.qcow2(storage, id, &path, snapshot, root)?;
+                (Box::new(layout), next)
+            }
+        };
+        self.image.layers.push(Layer { layout, path });
+        Ok(next)
+    }
+
+    fn qcow2(
+        &mut self,
+        storage: SharedStorage,
+        id: FileId,
+        path: &Path,
+        snapshot: Option<&SnapshotRef>,
+        root: &Path,
+    ) -> Result<(Qcow2Layout, Option<Next>)> {
+        let read = Qcow2Info::read(&*storage, &self.options.limits)?;
+        let header = &read.area.header;
+        if !self.options.metadata_only {
+            refuse_encryption(header)?;
+        }
+        let snapshot = snapshot.map(|wanted| find_snapshot(&read.snapshots, wanted)).transpose()?.cloned();
+        let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        let data = if header.has(feature::DATA_FILE) && !self.options.metadata_only {
+            let Some(name) = &read.area.extensions.data_file else {
+                return Err(Error::corrupt("qcow2 header", Some(0), "the name of the external data file is missing"));
+            };
+            let named = resolve(name, path, "external data file")?;
+            let data_path = self.options.policy.check(&named, root, "external data file")?;
+            let data = self.open_file(&data_path, Some(root))?;
+            let len = data.len().map_err(|error| Error::io("cannot tell the size", error).of(&data_path))?;
+            Some((self.file_id(&data, &data_path), len))
+        } else {
+            None
+        };
+        let backing_format = read.area.extensions.backing_format.as_deref().map(lossy);
+        let next = match &read.area.backing_name {
+            Some(name) if !self.options.metadata_only => {
+                let named = resolve(name, path, "backing file")?;
+                let format = backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
+                Some(Next { path: self.options.policy.check(&named, root, "backing file")?, format })
+            }
+            _ => None,
+        };
+        let files = Files { image: (storage, id, len), data };
+        let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
+        Ok((layout, next))
+    }
+}
+
+fn find_snapshot<'s>(snapshots: &'s [Snapshot], wanted: &SnapshotRef) -> Result<&'s Snapshot> {
+    let is = |field: &[u8], text: &String| field == text.as_bytes();
+    let found = match wanted {
+        SnapshotRef::Any(text) => {
+            let by_id = snapshots.iter().find(|snapshot| is(&snapshot.id, text));
+            by_id.or_else(|| snapshots.iter().find(|snapshot| is(&snapshot.name, text)))
+        }
+        SnapshotRef::Exact { id, name } => snapshots.iter().find(|snapshot| {
+            id.as_ref().is_none_or(|id| is(&snapshot.id, id)) && name.as_ref().is_none_or(|name| is(&snapshot.name, name))
+        }),
+    };
+    found.ok_or_else(|| {
+        let names: Vec<String> = snapshots.iter().map(|snapshot| lossy(&snapshot.name)).collect();
+        let hint = if names.is_empty() { "it has none".to_owned() } else { format!("it has: {}", names.join(", ")) };
+        Error::invalid(format!("the image has no snapshot {}", describe_snapshot(wanted))).hint(hint)
+    })
+}
+
+fn describe_snapshot(wanted: &SnapshotRef) -> String {
+    match wanted {
+        SnapshotRef::Any(text) => format!("{text:?}"),
+        SnapshotRef::Exact { id, name } => {
+            let parts = [id.as_ref().map(|id| format!("with id {id:?}")), name.as_ref().map(|name| format!("named {name:?}"))];
+            parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
+        }
+    }
+}
+
+/// The path that an image at `image` means by `name`: relative names start at the image's own directory.
+pub(crate) fn resolve(name: &[u8], image: &Path, what: &str) -> Result<PathBuf> {
+    let plain = name.strip_prefix(b"file:").unwrap_or(name);
+    if plain.is_empty() || plain.contains(&0) {
+        return Err(Error::corrupt(what, None, "its name is empty or contains a zero byte"));
+    }
+    // QEMU takes a name for a protocol if a colon comes before the first slash.
+    let protocol = plain.split(|&byte| byte == b'/').next().is_some_and(|first| first.contains(&b':'));
+    if protocol && plain.len() == name.len() {
+        let name = lossy(name);
+        let shown: String = name.chars().take(80).collect();
+        return Err(Error::unsupported(format!("the {what} name {shown:?} (only local files are)")));
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(OsStr::from_bytes(plain)))
+}

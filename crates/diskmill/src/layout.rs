@@ -1,0 +1,146 @@
+use std::ops::Range;
+use std::path::PathBuf;
+
+use diskmill_codec::Codec;
+use diskmill_format::{GuestOffset, HostOffset};
+
+use crate::error::Error;
+use crate::probe::Format;
+
+/// Index of a file that an image consists of, in [`Image::files`](crate::Image::files).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(pub u32);
+
+/// Where a run of guest bytes comes from, backing chain resolved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// It reads as zeros.
+    Zero,
+    /// It stands in a file as it is.
+    Raw {
+        /// The file.
+        file: FileId,
+        /// Of the first byte.
+        at: HostOffset,
+    },
+    /// It is part of one packed unit.
+    Packed {
+        /// The file.
+        file: FileId,
+        /// Of the payload.
+        at: HostOffset,
+        /// Bytes from there to where the payload ends at the latest.
+        len: u32,
+        /// Guest bytes in the unpacked unit.
+        unit: u32,
+        /// Bytes of the unpacked unit before the run.
+        skip: u32,
+        /// How it is packed.
+        codec: Codec,
+    },
+}
+
+impl Source {
+    /// The same source with the first `bytes` of its run cut off.
+    #[must_use]
+    pub(crate) fn advanced(self, bytes: u64) -> Self {
+        match self {
+            Self::Zero => Self::Zero,
+            // Runs lie within their file and unit, so neither sum can overflow; a wrap would be caught
+            // as an end-of-file error.
+            Self::Raw { file, at } => Self::Raw { file, at: HostOffset(at.get().saturating_add(bytes)) },
+            Self::Packed { file, at, len, unit, skip, codec } => {
+                let skip = skip.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
+                Self::Packed { file, at, len, unit, skip, codec }
+            }
+        }
+    }
+}
+
+/// A run of guest bytes and where it comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extent {
+    /// The guest bytes.
+    pub guest: Range<u64>,
+    /// Where they come from.
+    pub source: Source,
+    /// The layer that decided: 0 is the image itself, 1 its backing file, and so on.
+    pub depth: u16,
+    /// Whether that layer allocates the run, rather than nothing in the chain having it.
+    pub present: bool,
+    /// For runs that read as zeros, the host offset that the layer keeps for them, if any.
+    pub zero_host: Option<(FileId, HostOffset)>,
+}
+
+/// What one layer says of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerSource {
+    /// Nothing: ask the backing file.
+    Unallocated,
+    /// It reads as zeros. A host offset may be kept for it.
+    Zero(Option<(FileId, HostOffset)>),
+    /// As in [`Source`].
+    Data(Source),
+}
+
+/// A run of guest bytes as one layer has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerExtent {
+    /// Bytes in the run; never 0.
+    pub len: u64,
+    /// What it is.
+    pub source: LayerSource,
+}
+
+/// A run that cannot be mapped because the image is damaged there.
+#[derive(Debug)]
+pub struct MapError {
+    /// The damage.
+    pub error: Error,
+    /// Guest bytes from the offset asked for that it makes unreadable; never 0.
+    pub len: u64,
+}
+
+/// Every readable format: a look-up over cached metadata.
+pub trait Layout: Send + Sync {
+    /// Facts about the image.
+    fn info(&self) -> &ImageInfo;
+
+    /// What the layer has at guest offset `at`, which is below the virtual size: a run of at most `max` bytes
+    /// (`max` > 0), as long as is cheap to tell.
+    ///
+    /// # Errors
+    /// [`MapError`] where a table is damaged or cannot be read.
+    fn map(&self, at: GuestOffset, max: u64) -> Result<LayerExtent, MapError>;
+}
+
+/// Facts about one image file.
+#[derive(Debug, Clone)]
+pub struct ImageInfo {
+    /// The format.
+    pub format: Format,
+    /// The disk that the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// Bytes in a cluster or grain, if the format has them.
+    pub cluster_size: Option<u64>,
+    /// Guest bytes in the largest packed unit, or 0 if nothing can be packed.
+    pub packed_unit: u64,
+    /// The backing file as the image names it.
+    pub backing_name: Option<String>,
+    /// The backing file after relative names are resolved.
+    pub backing_path: Option<PathBuf>,
+    /// The backing file's format as the image names it.
+    pub backing_format: Option<String>,
+    /// What only this format has.
+    pub specific: FormatInfo,
+}
+
+/// Facts that only one format has.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum FormatInfo {
+    /// None.
+    Raw,
+    /// Of a qcow2 image.
+    Qcow2(Box<crate::qcow2::Qcow2Info>),
+}

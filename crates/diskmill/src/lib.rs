@@ -1,0 +1,44 @@
+//! Reads, writes and converts disk images: qcow2, raw, VMDK.
+//!
+//! ```no_run
+//! use diskmill::{Image, OpenOptions, convert::{self, ConvertOptions, Monitor}};
+//!
+//! # fn main() -> Result<(), diskmill::Error> {
+//! let source = Image::open("disk.qcow2", &OpenOptions::default())?;
+//! for extent in source.extents(0..source.size()) {
+//!     println!("{:?}", extent?);
+//! }
+//! let done = convert::convert(&[source], "disk.raw".into(), &ConvertOptions::default(), &Monitor::new())?;
+//! println!("{} bytes written", done.bytes_written);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Formats map, one engine moves: a format ([`Layout`]) only answers where guest bytes come from, and everything
+//! that touches bytes is in [`mod@convert`].
+#![forbid(unsafe_code)]
+
+pub mod compare;
+pub mod convert;
+mod error;
+mod image;
+mod layout;
+mod policy;
+mod probe;
+pub mod qcow2;
+mod raw;
+mod reader;
+mod size;
+
+pub use diskmill_format::{GuestOffset, HostOffset, Limits};
+pub use diskmill_io::{EngineChoice, PipeReader, PipeWriter, unlink_all_pending};
+pub use error::{Error, Kind};
+pub use image::{Image, OpenOptions, SnapshotRef};
+pub use layout::{Extent, FileId, ImageInfo, Layout, LayerExtent, LayerSource, MapError, Source};
+pub use policy::{Allow, OpenPolicy};
+pub use probe::Format;
+pub use reader::Reader;
+pub use size::parse_size;
+
+/// The version of this library, of its codecs and of what it was built with, for `--version`.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

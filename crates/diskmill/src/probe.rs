@@ -1,0 +1,51 @@
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// An image format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Format {
+    /// The guest's bytes as they are.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// The format that the first bytes of a file look like. Everything else is raw.
+    #[must_use]
+    pub fn probe(start: &[u8]) -> Self {
+        if start.starts_with(&diskmill_format::qcow2::MAGIC) { Self::Qcow2 } else { Self::Raw }
+    }
+
+    /// The name that qemu-img uses.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    /// Takes qemu-img's names. `file` and `host_device`, which QEMU writes into some backing format extensions,
+    /// mean raw.
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "raw" | "file" | "host_device" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => Err(Error::unsupported(format!("the image format {other:?}")).hint("raw and qcow2 are")),
+        }
+    }
+}

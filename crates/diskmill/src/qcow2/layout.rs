@@ -1,0 +1,253 @@
+use diskmill_codec::Codec;
+use diskmill_format::qcow2::{
+    Cluster, CompressedRef, CompressionType, Geometry, L1Entry, L2Codec, SUBCLUSTERS, Snapshot, feature,
+};
+use diskmill_format::{GuestOffset, HostOffset};
+use diskmill_io::SharedStorage;
+
+use super::tables::{SLICE, TableCache};
+use super::{Qcow2Info, lossy};
+use crate::error::{Error, Kind, Result};
+use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
+use crate::probe::Format;
+
+/// The active state, or one snapshot, of a qcow2 image.
+pub(crate) struct Qcow2Layout {
+    info: ImageInfo,
+    geometry: Geometry,
+    entries: L2Codec,
+    codec: Codec,
+    l1_offset: u64,
+    tables: TableCache,
+    /// The image file, for compressed clusters, and the one with plain clusters.
+    image: (FileId, u64),
+    data: (FileId, u64),
+}
+
+/// The files of an image and their lengths.
+pub(crate) struct Files {
+    pub(crate) image: (SharedStorage, FileId, u64),
+    /// The external data file.
+    pub(crate) data: Option<(FileId, u64)>,
+}
+
+impl Qcow2Layout {
+    /// The layout of `snapshot`, or of the active state.
+    pub(crate) fn new(read: Qcow2Info, files: Files, snapshot: Option<&Snapshot>) -> Result<Self> {
+        let header = &read.area.header;
+        let geometry = header.geometry;
+        let (l1_offset, l1_size, size) = match snapshot {
+            None => (header.l1_offset.get(), header.l1_size, header.size),
+            Some(snapshot) => {
+                (snapshot.l1_offset.get(), snapshot.l1_size, snapshot.disk_size.unwrap_or(header.size))
+            }
+        };
+        if l1_offset % geometry.cluster_size() != 0 || u64::from(l1_size) < geometry.l1_entries(size) {
+            return Err(Error::corrupt("L1 table", Some(l1_offset), "it is misaligned, or smaller than the disk needs"));
+        }
+        let info = ImageInfo {
+            format: Format::Qcow2,
+            virtual_size: size,
+            cluster_size: Some(geometry.cluster_size()),
+            packed_unit: if header.has(feature::DATA_FILE) { 0 } else { geometry.cluster_size() },
+            backing_name: read.area.backing_name.as_deref().map(lossy),
+            backing_path: None,
+            backing_format: read.area.extensions.backing_format.as_deref().map(lossy),
+            specific: FormatInfo::Raw,
+        };
+        let (file, image_id, image_len) = files.image;
+        let image = (image_id, image_len);
+        Ok(Self {
+            geometry,
+            entries: L2Codec::new(geometry, header.version, header.has(feature::DATA_FILE)),
+            codec: match header.compression {
+                CompressionType::Zlib => Codec::Deflate,
+                CompressionType::Zstd => Codec::Zstd,
+            },
+            l1_offset,
+            tables: TableCache::new(file, image_len),
+            image,
+            data: files.data.unwrap_or(image),
+            info: ImageInfo { specific: FormatInfo::Qcow2(Box::new(read)), ..info },
+        })
+    }
+
+    /// The run of entry `index` of the L1 table: where its L2 table stands, or for how many L1 entries there is none.
+    fn l1_run(&self, index: u64, most: u64) -> Result<L1Run, MapError> {
+        let mut count = 0;
+        while count < most {
+            let byte = (index + count) * 8;
+            let slice_at = byte / SLICE * SLICE;
+            let whole = self.geometry.l1_entries(self.info.virtual_size) * 8;
+            let slice = self
+                .tables
+                .slice(self.l1_offset + slice_at, SLICE.min(whole - slice_at))
+                .map_err(|error| self.damaged(error, "L1 table".to_owned(), self.l1_offset, self.geometry.l2_span()))?;
+            let (entries, _) = slice.as_chunks::<8>();
+            for raw in entries.iter().skip(((byte - slice_at) / 8) as usize) {
+                let raw = u64::from_be_bytes(*raw);
+                match L1Entry::decode(raw, self.geometry) {
+                    Ok(L1Entry::Unallocated) => count += 1,
+                    Ok(L1Entry::Table(host)) if count == 0 => return Ok(L1Run::Table(host)),
+                    Err(why) if count == 0 => {
+                        let error = Error::new(Kind::Corrupt, why);
+                        let structure = format!("L1 table, entry {index}");
+                        return Err(self.damaged(error, structure, self.l1_offset + byte, self.geometry.l2_span()));
+                    }
+                    Ok(L1Entry::Table(_)) | Err(_) => return Ok(L1Run::None(count)),
+                }
+                if count >= most {
+                    break;
+                }
+            }
+        }
+        Ok(L1Run::None(count))
+    }
+
+    fn damaged(&self, error: Error, structure: String, offset: u64, len: u64) -> MapError {
+        MapError { error: error.within(structure, offset), len }
+    }
+
+    /// What cluster `index` of the L2 table at `table` is.
+    fn cluster(&self, l1_index: u64, table: HostOffset, index: u64) -> Result<Cluster, MapError> {
+        let size = self.geometry.l2_entry_size() as u64;
+        let byte = index * size;
+        let slice_at = byte / SLICE * SLICE;
+        let cluster = self.geometry.cluster_size();
+        let position = table.get() + byte;
+        let slice = self
+            .tables
+            .slice(table.get() + slice_at, SLICE.min(cluster - slice_at))
+            .map_err(|error| self.damaged(error, format!("L2 table {l1_index}"), table.get(), cluster))?;
+        self.entries.decode(&slice, ((byte - slice_at) / size) as usize).map_err(|why| {
+            let error = Error::new(Kind::Corrupt, why);
+            self.damaged(error, format!("L2 table {l1_index}, entry {index}"), position, cluster)
+        })
+    }
+
+    /// What stands at `within` bytes into a cluster, up to where that changes or the cluster ends.
+    fn in_cluster(&self, cluster: Cluster, within: u64) -> LayerExtent {
+        let size = self.geometry.cluster_size();
+        let file = self.data.0;
+        let host_at = |host: HostOffset| HostOffset(host.get() + within);
+        let whole = |source| LayerExtent { len: size - within, source };
+        match cluster {
+            Cluster::Unallocated => whole(LayerSource::Unallocated),
+            Cluster::Zero(host) => whole(LayerSource::Zero(host.map(|host| (file, host_at(host))))),
+            Cluster::Standard(host) => whole(LayerSource::Data(Source::Raw { file, at: host_at(host) })),
+            Cluster::Compressed(CompressedRef { host, len }) => whole(LayerSource::Data(Source::Packed {
+                file: self.image.0,
+                at: host,
+                len,
+                unit: size as u32,
+                skip: within as u32,
+                codec: self.codec,
+            })),
+            Cluster::Subclusters { host, allocated, zero } => {
+                let sub = self.geometry.subcluster_size();
+                let first = (within / sub) as u32;
+                let state = |index: u32| (allocated >> index & 1, zero >> index & 1);
+                let here = state(first);
+                let end = (first..SUBCLUSTERS).find(|&index| state(index) != here).unwrap_or(SUBCLUSTERS);
+                let source = match (here, host) {
+                    ((1, _), Some(host)) => LayerSource::Data(Source::Raw { file, at: host_at(host) }),
+                    ((_, 1), host) => LayerSource::Zero(host.map(|host| (file, host_at(host)))),
+                    _ => LayerSource::Unallocated,
+                };
+                LayerExtent { len: u64::from(end) * sub - within, source }
+            }
+        }
+    }
+
+    /// Cuts a run of file bytes at the end of its file.
+    fn within_file(&self, extent: LayerExtent, l1_index: u64, index: u64) -> Result<LayerExtent, MapError> {
+        let LayerSource::Data(source) = extent.source else { return Ok(extent) };
+        let (Source::Raw { at, .. } | Source::Packed { at, .. }) = source else { return Ok(extent) };
+        let (packed, file_len) = match source {
+            Source::Packed { .. } => (true, self.image.1),
+            _ => (false, self.data.1),
+        };
+        let Some(left) = file_len.checked_sub(at.get()).filter(|&left| left > 0) else {
+            let what = if packed { "a compressed cluster" } else { "a cluster" };
+            let error = Error::new(
+                Kind::Corrupt,
+                format!("it points to {what} at {at}, past the end of the file ({file_len} bytes): the image is truncated"),
+            );
+            let structure = format!("L2 table {l1_index}, entry {index}");
+            return Err(MapError { error: error.within(structure, at.get()), len: extent.len });
+        };
+        Ok(match source {
+            Source::Packed { file, at, len, unit, skip, codec } => {
+                let len = u64::from(len).min(left) as u32;
+                let source = LayerSource::Data(Source::Packed { file, at, len, unit, skip, codec });
+                LayerExtent { source, ..extent }
+            }
+            _ => LayerExtent { len: extent.len.min(left), ..extent },
+        })
+    }
+}
+
+enum L1Run {
+    Table(HostOffset),
+    None(u64),
+}
+
+/// Whether `next` goes on where the run `source` of `len` bytes ends.
+fn continues(source: LayerSource, len: u64, next: LayerSource) -> bool {
+    match (source, next) {
+        (LayerSource::Unallocated, LayerSource::Unallocated) | (LayerSource::Zero(None), LayerSource::Zero(None)) => true,
+        (LayerSource::Zero(Some((file, a))), LayerSource::Zero(Some((other, b))))
+        | (LayerSource::Data(Source::Raw { file, at: a }), LayerSource::Data(Source::Raw { file: other, at: b })) => {
+            file == other && a.get().checked_add(len) == Some(b.get())
+        }
+        _ => false,
+    }
+}
+
+impl Layout for Qcow2Layout {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn map(&self, at: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
+        let geometry = self.geometry;
+        let guest = at.get();
+        let max = max.min(self.info.virtual_size.saturating_sub(guest)).max(1);
+        let l1_index = geometry.l1_index(guest);
+        let in_span = guest % geometry.l2_span();
+        let entries = (in_span + max).div_ceil(geometry.l2_span());
+        let table = match self.l1_run(l1_index, entries) {
+            Ok(L1Run::Table(table)) => table,
+            Ok(L1Run::None(count)) => {
+                let len = count.saturating_mul(geometry.l2_span()) - in_span;
+                return Ok(LayerExtent { len: len.min(max), source: LayerSource::Unallocated });
+            }
+            Err(error) => return Err(MapError { len: (error.len - in_span).min(max), ..error }),
+        };
+        let cluster_size = geometry.cluster_size();
+        let within = guest % cluster_size;
+        let mut index = geometry.l2_index(guest);
+        let cut = |error: MapError| MapError { len: error.len.min(cluster_size - within).min(max), ..error };
+        let first = self.cluster(l1_index, table, index).map_err(cut)?;
+        let first = self.in_cluster(first, within);
+        let mut run = self.within_file(first, l1_index, index).map_err(cut)?;
+        if matches!(run.source, LayerSource::Data(Source::Packed { .. })) {
+            return Ok(LayerExtent { len: run.len.min(max), ..run });
+        }
+        // Goes on over further clusters of the same table, as long as each continues the run to its own end.
+        while run.len < max && run.len >= first.len && (within + run.len) % cluster_size == 0 {
+            index += 1;
+            if index >= geometry.l2_entries() {
+                break;
+            }
+            let Ok(next) = self.cluster(l1_index, table, index) else { break };
+            let next = self.in_cluster(next, 0);
+            if !continues(run.source, run.len, next.source) {
+                break;
+            }
+            let Ok(next) = self.within_file(next, l1_index, index) else { break };
+            run.len += next.len;
+        }
+        Ok(LayerExtent { len: run.len.min(max), ..run })
+    }
+}

@@ -1,0 +1,91 @@
+//! qcow2: opening and mapping existing images, and assembling fresh ones.
+
+mod assembler;
+mod layout;
+mod options;
+mod refcounts;
+mod tables;
+
+pub(crate) use assembler::Qcow2Assembler;
+pub(crate) use layout::{Files, Qcow2Layout};
+pub use options::{Compat, Preallocation, Qcow2Options};
+
+use diskmill_format::qcow2::{Header, HeaderArea, Snapshot, feature, parse_snapshots};
+use diskmill_format::{HostOffset, Limits};
+use diskmill_io::Storage;
+
+use crate::error::{Error, Result};
+use crate::reader::read_full;
+
+/// Facts that only qcow2 images have.
+#[derive(Debug, Clone)]
+pub struct Qcow2Info {
+    /// Header, extensions and names as they stand in the first cluster.
+    pub area: HeaderArea,
+    /// Internal snapshots.
+    pub snapshots: Vec<Snapshot>,
+    /// Name of the external data file, as the image gives it.
+    pub data_file: Option<String>,
+    /// The image is marked corrupt: QEMU refuses to write to it.
+    pub corrupt: bool,
+    /// The image was not closed properly: refcounts may be wrong, guest data is not affected.
+    pub dirty: bool,
+}
+
+impl Qcow2Info {
+    /// Reads what stands outside the tables: first cluster and snapshot table.
+    pub(crate) fn read(file: &dyn Storage, limits: &Limits) -> Result<Self> {
+        let mut start = vec![0; 512];
+        let got = read_full(file, &mut start, 0)?;
+        start.truncate(got);
+        let header = Header::parse(&start, limits)?;
+        let mut cluster = vec![0; header.geometry.cluster_size() as usize];
+        let got = read_full(file, &mut cluster, 0)?;
+        cluster.truncate(got);
+        let area = HeaderArea::parse(&cluster, limits)?;
+        let snapshots = read_snapshots(file, &header, limits)?;
+        let data_file =
+            header.has(feature::DATA_FILE).then(|| area.extensions.data_file.as_deref().map(lossy)).flatten();
+        Ok(Self {
+            corrupt: header.has(feature::CORRUPT),
+            dirty: header.has(feature::DIRTY),
+            snapshots,
+            data_file,
+            area,
+        })
+    }
+}
+
+pub(crate) fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn read_snapshots(file: &dyn Storage, header: &Header, limits: &Limits) -> Result<Vec<Snapshot>> {
+    let at = header.snapshots_offset.get();
+    let mut window: u64 = 64 << 10;
+    loop {
+        if header.snapshots == 0 {
+            return Ok(Vec::new());
+        }
+        // The table's length stands nowhere: read more until it parses.
+        let mut bytes = vec![0; window as usize];
+        let got = read_full(file, &mut bytes, at)?;
+        let whole_file = (got as u64) < window;
+        bytes.truncate(got);
+        match parse_snapshots(&bytes, header.snapshots, HostOffset(at), limits) {
+            Ok((snapshots, _)) => return Ok(snapshots),
+            Err(error) if whole_file || window >= limits.qcow2_snapshot_table_bytes => return Err(error.into()),
+            Err(_) => window = window.saturating_mul(4).min(limits.qcow2_snapshot_table_bytes),
+        }
+    }
+}
+
+/// The error for what is not read yet.
+pub(crate) fn refuse_encryption(header: &Header) -> Result<()> {
+    use diskmill_format::qcow2::CryptMethod;
+    match header.crypt {
+        CryptMethod::None => Ok(()),
+        CryptMethod::Aes => Err(Error::unsupported("qcow2 encryption with legacy AES")),
+        CryptMethod::Luks => Err(Error::unsupported("qcow2 encryption with LUKS")),
+    }
+}

@@ -1,0 +1,60 @@
+use std::sync::{Arc, Mutex, PoisonError};
+
+use diskmill_io::{SharedStorage, Storage};
+
+use crate::error::{Error, Result};
+use crate::reader::read_full;
+
+/// Largest piece of a table that is read at once, in bytes. Tables may be 2 MiB (L2) or 32 MiB (L1); pieces keep
+/// the memory of a long chain bounded.
+pub(super) const SLICE: u64 = 64 << 10;
+const SLICES: usize = 8;
+
+/// Pieces of metadata tables, the last few used kept.
+pub(super) struct TableCache {
+    file: SharedStorage,
+    file_len: u64,
+    slices: Mutex<Vec<(u64, Arc<[u8]>)>>,
+}
+
+impl TableCache {
+    pub(super) fn new(file: SharedStorage, file_len: u64) -> Self {
+        Self { file, file_len, slices: Mutex::new(Vec::with_capacity(SLICES)) }
+    }
+
+    /// The piece of `len` bytes at `at`.
+    ///
+    /// # Errors
+    /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
+    pub(super) fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
+        let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(position) = slices.iter().position(|(key, bytes)| *key == at && bytes.len() as u64 >= len) {
+            // Most recently used last.
+            let hit = slices.remove(position);
+            let bytes = Arc::clone(&hit.1);
+            slices.push(hit);
+            return Ok(bytes);
+        }
+        if at.checked_add(len).is_none_or(|end| end > self.file_len) {
+            return Err(past_end(self.file_len));
+        }
+        let mut bytes = vec![0; len.min(SLICE) as usize];
+        let got = read_full(&*self.file as &dyn Storage, &mut bytes, at)?;
+        if got < bytes.len() {
+            return Err(past_end(self.file_len));
+        }
+        let bytes: Arc<[u8]> = bytes.into();
+        if slices.len() >= SLICES {
+            slices.remove(0);
+        }
+        slices.push((at, Arc::clone(&bytes)));
+        Ok(bytes)
+    }
+}
+
+fn past_end(file_len: u64) -> Error {
+    Error::new(
+        crate::Kind::Corrupt,
+        format!("it lies past the end of the file ({file_len} bytes): the image is truncated"),
+    )
+}

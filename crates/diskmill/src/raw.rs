@@ -1,0 +1,73 @@
+//! Raw: the guest's bytes as they are. Holes of the file are zeros.
+
+use std::sync::{Mutex, PoisonError};
+
+use diskmill_format::{GuestOffset, HostOffset};
+use diskmill_io::{Allocation, SharedStorage};
+
+use crate::error::{Error, Result};
+use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
+use crate::probe::Format;
+
+pub(crate) struct RawLayout {
+    info: ImageInfo,
+    file: SharedStorage,
+    file_id: FileId,
+    len: u64,
+    /// The last answer of the file system: a walk asks for each piece of a hole anew.
+    last: Mutex<(u64, Allocation, u64)>,
+}
+
+impl RawLayout {
+    pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
+        let len = file.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        // QEMU's disks consist of 512-byte sectors: the last one is filled up with zeros.
+        let virtual_size = len
+            .checked_next_multiple_of(512)
+            .filter(|&size| size <= i64::MAX as u64)
+            .ok_or_else(|| Error::invalid("the file is larger than a disk can be"))?;
+        let info = ImageInfo {
+            format: Format::Raw,
+            virtual_size,
+            cluster_size: None,
+            packed_unit: 0,
+            backing_name: None,
+            backing_path: None,
+            backing_format: None,
+            specific: FormatInfo::Raw,
+        };
+        Ok(Self { info, file, file_id, len, last: Mutex::new((0, Allocation::Data, 0)) })
+    }
+
+    fn allocation(&self, at: u64) -> std::io::Result<(Allocation, u64)> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if !(last.0..last.2).contains(&at) {
+            // The file may have shrunk since: what is gone is reported when it is read.
+            let (kind, end) = self.file.allocation(at)?.unwrap_or((Allocation::Data, self.len));
+            *last = (at, kind, end.clamp(at.saturating_add(1), self.len));
+        }
+        Ok((last.1, last.2))
+    }
+}
+
+impl Layout for RawLayout {
+    fn info(&self) -> &ImageInfo {
+        &self.info
+    }
+
+    fn map(&self, at: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
+        let at = at.get();
+        let Some(left) = self.len.checked_sub(at).filter(|&left| left > 0) else {
+            return Ok(LayerExtent { len: max, source: LayerSource::Zero(None) });
+        };
+        let (kind, end) = self
+            .allocation(at)
+            .map_err(|error| MapError { error: Error::io("cannot look for holes", error), len: max })?;
+        let len = (end - at).min(left).min(max);
+        let source = match kind {
+            Allocation::Data => LayerSource::Data(Source::Raw { file: self.file_id, at: HostOffset(at) }),
+            Allocation::Hole => LayerSource::Zero(Some((self.file_id, HostOffset(at)))),
+        };
+        Ok(LayerExtent { len, source })
+    }
+}

@@ -1,0 +1,112 @@
+use diskmill_codec::Unpacker;
+use diskmill_io::Storage;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::layout::{Extent, Source};
+
+/// Fills `buf` from `at` on, up to the end of the storage. Returns the bytes read.
+pub(crate) fn read_full(file: &dyn Storage, buf: &mut [u8], at: u64) -> Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        let position = at.saturating_add(filled as u64);
+        match file.read_at(rest, position) {
+            Ok(0) => break,
+            Ok(got) => filled += got,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::io(format!("cannot read at offset {position:#x}"), error)),
+        }
+    }
+    Ok(filled)
+}
+
+/// Fills all of `buf`, or says that the file ends before.
+pub(crate) fn read_exact(file: &dyn Storage, buf: &mut [u8], at: u64) -> Result<()> {
+    let want = buf.len();
+    let got = read_full(file, buf, at)?;
+    if got < want {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("the file ends at offset {:#x}, inside data that belongs to the image", at.saturating_add(got as u64)),
+        ));
+    }
+    Ok(())
+}
+
+/// Reads guest bytes of an [`Image`], with a codec context and the last unpacked unit of its own.
+pub struct Reader<'a> {
+    image: &'a Image,
+    unpacker: Unpacker,
+    packed: Vec<u8>,
+    unit: Vec<u8>,
+    /// Which payload `unit` holds.
+    held: Option<Source>,
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(image: &'a Image) -> Self {
+        Self { image, unpacker: Unpacker::new(), packed: Vec::new(), unit: Vec::new(), held: None }
+    }
+
+    /// Fills `buf` with the guest bytes from `at` on. Bytes past the end of the disk read as zeros.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for a damaged table or unit or a truncated file, [`Kind::Io`] if the system fails.
+    pub fn read_at(&mut self, buf: &mut [u8], at: u64) -> Result<()> {
+        let mut filled = 0;
+        while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            let position = at.saturating_add(filled as u64);
+            if position >= self.image.size() {
+                rest.fill(0);
+                break;
+            }
+            let extent = self.image.map(position, rest.len() as u64).map_err(|error| error.error)?;
+            let len = (extent.guest.end - extent.guest.start) as usize;
+            let Some(part) = rest.get_mut(..len) else { break };
+            self.read_extent(&extent, part)?;
+            filled += len;
+        }
+        Ok(())
+    }
+
+    /// Fills `part` with the first bytes of `extent`.
+    pub(crate) fn read_extent(&mut self, extent: &Extent, part: &mut [u8]) -> Result<()> {
+        match extent.source {
+            Source::Zero => part.fill(0),
+            Source::Raw { file, at } => {
+                let file = self.image.file(file)?;
+                read_exact(&*file.storage, part, at.get()).map_err(|error| error.of(&file.path))?;
+            }
+            Source::Packed { skip, .. } => {
+                self.unpack(extent.source)?;
+                let skip = skip as usize;
+                match self.unit.get(skip..).and_then(|rest| rest.get(..part.len())) {
+                    Some(bytes) => part.copy_from_slice(bytes),
+                    None => return Err(Error::invalid("a run reaches past its packed unit")),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unpack(&mut self, source: Source) -> Result<()> {
+        let Source::Packed { file, at, len, unit, codec, .. } = source else { return Ok(()) };
+        let key = Source::Packed { file, at, len, unit, skip: 0, codec };
+        if self.held == Some(key) {
+            return Ok(());
+        }
+        self.held = None;
+        let file = self.image.file(file)?;
+        self.packed.resize(len as usize, 0);
+        self.unit.resize(unit as usize, 0);
+        read_exact(&*file.storage, &mut self.packed, at.get())
+            .and_then(|()| {
+                self.unpacker
+                    .unpack(codec, &self.packed, &mut self.unit)
+                    .map_err(|error| Error::corrupt("compressed cluster", Some(at.get()), error.to_string()))
+            })
+            .map_err(|error| error.of(&file.path))?;
+        self.held = Some(key);
+        Ok(())
+    }
+}
