@@ -29,6 +29,7 @@ pub mod qcow2;
 mod raw;
 mod reader;
 mod size;
+mod tables;
 
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
 pub use diskmill_io::{EngineChoice, PipeReader, PipeWriter, unlink_all_pending};

@@ -164,13 +164,12 @@ pub fn convert<'a>(
         }
         Worker::new(&shared).run();
     });
-    let (mut placer, size, mut bad) = shared.into_result()?;
+    let (mut placer, size, bad) = shared.into_result()?;
     placer.finish(size, &options, monitor)?;
     drop(placer);
     target.publish(&options)?;
     monitor.finish();
 
-    bad.sort_by_key(|range| range.start);
     Ok(Summary {
         virtual_size: size,
         bytes_read: monitor.bytes_read(),
@@ -180,8 +179,21 @@ pub fn convert<'a>(
         engine_reason: plan.reason,
         threads,
         seconds: started.elapsed().as_secs_f64(),
-        bad_ranges: bad,
+        bad_ranges: merged(bad),
     })
+}
+
+/// The ranges in order, neighbours joined (under the reason of the first).
+fn merged(mut ranges: Vec<BadRange>) -> Vec<BadRange> {
+    ranges.sort_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let joins = last.start + last.len == next.start;
+        if joins {
+            last.len += next.len;
+        }
+        joins
+    });
+    ranges
 }
 
 fn is_on_device(image: &Image) -> bool {

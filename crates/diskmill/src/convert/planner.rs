@@ -47,8 +47,8 @@ pub(super) struct Job {
     pub(super) pieces: Vec<Piece>,
     /// Which of them read payloads.
     payload_pieces: Vec<usize>,
-    /// Parts of the guest area that are read into directly.
-    pub(super) raw: Vec<RawPart>,
+    /// Which read plain data, straight into the guest area.
+    pub(super) raw: Vec<usize>,
     /// Parts that are unpacked from payloads.
     pub(super) packed: Vec<PackedPart>,
     /// Parts of the guest area that are zeros.
@@ -57,13 +57,6 @@ pub(super) struct Job {
     pub(super) slow: Vec<(usize, Extent, Range<usize>)>,
     /// Bytes of the buffer in use, guest area and payloads.
     pub(super) buf_len: usize,
-}
-
-/// A part of the guest area that a piece is read into directly.
-#[derive(Debug, Clone)]
-pub(super) struct RawPart {
-    pub(super) piece: usize,
-    pub(super) dst: Range<usize>,
 }
 
 /// A part of the guest area that is unpacked from a payload in the buffer.
@@ -292,7 +285,7 @@ impl ImageWalk<'_> {
                 Source::Zero => job.fills.push(dst),
                 Source::Raw { file, at } => {
                     let file = image.file(file)?.storage.clone();
-                    job.raw.push(RawPart { piece: job.pieces.len(), dst: dst.clone() });
+                    job.raw.push(job.pieces.len());
                     job.pieces.push(Piece { file, at: at.get(), buf_at: dst.start, len: dst.len() });
                 }
                 Source::Packed { file, at: host, len, unit, skip, codec } => {

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_codec::{Codec, Packer, Unpacker, is_zero};
 use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
@@ -11,6 +12,10 @@ use super::planner::{Item, Job, Planner, Work};
 use super::{BadRange, ConvertOptions, Monitor};
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::reader::read_exact;
+
+/// What is given up for one unreadable spot of plain data, in bytes: a page, which is what the system reads at least.
+const SALVAGE_STEP: usize = 4096;
 
 /// What the workers share.
 pub(super) struct Shared<'a> {
@@ -48,7 +53,7 @@ impl<'a> Shared<'a> {
 }
 
 enum InFlight {
-    Read(u64, std::ops::Range<u64>, Job),
+    Read(u64, Range<u64>, Job),
     /// Guest bytes that are done when it is written.
     Write(u64),
 }
@@ -196,17 +201,16 @@ impl<'s, 'a> Worker<'s, 'a> {
         Ok(())
     }
 
-    fn read_done(&mut self, seq: u64, guest: std::ops::Range<u64>, job: Job, done: Done) -> Result<()> {
+    fn read_done(&mut self, seq: u64, guest: Range<u64>, job: Job, done: Done) -> Result<()> {
         let Done { batch, mut buf, failed, .. } = done;
         self.shared.monitor.add_read(batch.pieces.iter().map(|piece| piece.len as u64).sum());
         let mut bad_pieces = Vec::new();
         for (index, error) in failed {
             let Some(piece) = batch.pieces.get(index) else { continue };
-            let error = self.read_error(piece, error);
             if !self.shared.options.salvage {
-                return Err(error);
+                return Err(self.read_error(piece, error));
             }
-            bad_pieces.push((index, error.to_string()));
+            bad_pieces.push(index);
         }
         let job_len = self.shared.buffers.sizes().job as usize;
         let len = (guest.end - guest.start) as usize;
@@ -215,14 +219,14 @@ impl<'s, 'a> Worker<'s, 'a> {
             for fill in &job.fills {
                 zero(area, fill.clone());
             }
-            for part in &job.raw {
-                if let Some((_, reason)) = bad_pieces.iter().find(|(index, _)| *index == part.piece) {
-                    zero(area, part.dst.clone());
-                    self.report(&guest, &part.dst, reason.clone());
+            for piece in bad_pieces.iter().filter(|index| job.raw.contains(index)) {
+                if let Some(piece) = batch.pieces.get(*piece) {
+                    self.salvage(&guest, piece, area);
                 }
             }
         }
-        self.unpack(&guest, &job, &bad_pieces, &mut buf)?;
+        self.reread_payloads(&batch, &job, &bad_pieces, &mut buf);
+        self.unpack(&guest, &job, &mut buf)?;
         for (image, extent, dst) in &job.slow {
             let Some(source) = self.shared.sources.get(*image) else { continue };
             let Some(part) = buf.get_mut(dst.clone()) else { continue };
@@ -239,21 +243,25 @@ impl<'s, 'a> Worker<'s, 'a> {
     }
 
     fn read_error(&self, piece: &Piece, error: std::io::Error) -> Error {
-        let files = self.shared.sources.iter().flat_map(Image::files);
-        let path = files.into_iter().find(|file| std::sync::Arc::ptr_eq(&file.storage, &piece.file));
         let error = if error.kind() == std::io::ErrorKind::UnexpectedEof {
             Error::corrupt("guest data", Some(piece.at), "the file ends here: it is truncated, or shrank while it was read")
         } else {
             Error::io(format!("cannot read {} bytes at offset {:#x}", piece.len, piece.at), error)
         };
-        match path {
+        self.named(error, piece)
+    }
+
+    /// The error with the path of the piece's file.
+    fn named(&self, error: Error, piece: &Piece) -> Error {
+        let mut files = self.shared.sources.iter().flat_map(Image::files);
+        match files.find(|file| Arc::ptr_eq(&file.storage, &piece.file)) {
             Some(file) => error.of(&file.path),
             None => error,
         }
     }
 
     /// Damage at `dst` of the guest area: ends the conversion, or is noted when salvaging.
-    fn bad(&self, guest: &std::ops::Range<u64>, dst: &std::ops::Range<usize>, error: Error) -> Result<()> {
+    fn bad(&self, guest: &Range<u64>, dst: &Range<usize>, error: Error) -> Result<()> {
         if !self.shared.options.salvage {
             return Err(error);
         }
@@ -261,18 +269,39 @@ impl<'s, 'a> Worker<'s, 'a> {
         Ok(())
     }
 
-    fn report(&self, guest: &std::ops::Range<u64>, dst: &std::ops::Range<usize>, reason: String) {
+    fn report(&self, guest: &Range<u64>, dst: &Range<usize>, reason: String) {
         let range = BadRange { start: guest.start + dst.start as u64, len: dst.len() as u64, reason };
         self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner).push(range);
     }
 
-    fn unpack(
-        &mut self,
-        guest: &std::ops::Range<u64>,
-        job: &Job,
-        bad_pieces: &[(usize, String)],
-        buf: &mut Buf,
-    ) -> Result<()> {
+    /// Reads a piece of plain data again in small steps, so that only what is really lost is given up.
+    fn salvage(&self, guest: &Range<u64>, piece: &Piece, area: &mut [u8]) {
+        let mut at = 0;
+        while at < piece.len {
+            let host = piece.at + at as u64;
+            let len = (SALVAGE_STEP - (host % SALVAGE_STEP as u64) as usize).min(piece.len - at);
+            let dst = piece.buf_at + at..piece.buf_at + at + len;
+            let Some(part) = area.get_mut(dst.clone()) else { return };
+            if let Err(error) = read_exact(&*piece.file, part, host) {
+                part.fill(0);
+                self.report(guest, &dst, self.named(error, piece).to_string());
+            }
+            at += len;
+        }
+    }
+
+    /// Reads each payload of a failed piece by itself. What cannot be read will not unpack, and is reported then.
+    fn reread_payloads(&self, batch: &Batch, job: &Job, bad_pieces: &[usize], buf: &mut Buf) {
+        for part in job.packed.iter().filter(|part| bad_pieces.contains(&part.piece)) {
+            let Some(piece) = batch.pieces.get(part.piece) else { continue };
+            let Some(payload) = buf.get_mut(part.payload.clone()) else { continue };
+            if read_exact(&*piece.file, payload, part.host).is_err() {
+                payload.fill(0);
+            }
+        }
+    }
+
+    fn unpack(&mut self, guest: &Range<u64>, job: &Job, buf: &mut Buf) -> Result<()> {
         let job_len = self.shared.buffers.sizes().job as usize;
         self.partial.0 = None;
         for part in &job.packed {
@@ -282,11 +311,6 @@ impl<'s, 'a> Worker<'s, 'a> {
             let (Some(payload), Some(dst)) = (payload, area.get_mut(part.dst.clone())) else {
                 return Err(Error::invalid("a payload outside its buffer"));
             };
-            if let Some((_, reason)) = bad_pieces.iter().find(|(index, _)| *index == part.piece) {
-                dst.fill(0);
-                self.report(guest, &part.dst, reason.clone());
-                continue;
-            }
             let unpacked = if part.skip == 0 && dst.len() == part.unit {
                 self.unpacker.unpack(part.codec, payload, dst)
             } else {
@@ -323,7 +347,7 @@ impl<'s, 'a> Worker<'s, 'a> {
     }
 
     /// Looks for zeros, packs, and leaves the result with the placer.
-    fn pass_on(&mut self, seq: u64, guest: std::ops::Range<u64>, buf: Buf) -> Result<()> {
+    fn pass_on(&mut self, seq: u64, guest: Range<u64>, buf: Buf) -> Result<()> {
         let unit = self.shared.buffers.sizes().unit as usize;
         let len = (guest.end - guest.start) as usize;
         let filled = if self.shared.whole_units { len.next_multiple_of(unit) } else { len };
@@ -395,7 +419,7 @@ impl<'s, 'a> Worker<'s, 'a> {
     }
 }
 
-fn zero(bytes: &mut [u8], range: std::ops::Range<usize>) {
+fn zero(bytes: &mut [u8], range: Range<usize>) {
     if let Some(part) = bytes.get_mut(range) {
         part.fill(0);
     }

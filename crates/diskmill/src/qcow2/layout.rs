@@ -5,11 +5,11 @@ use diskmill_format::qcow2::{
 use diskmill_format::{GuestOffset, HostOffset};
 use diskmill_io::SharedStorage;
 
-use super::tables::{SLICE, TableCache};
 use super::{Qcow2Info, lossy};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
 use crate::probe::Format;
+use crate::tables::{SLICE, TableCache};
 
 /// The active state, or one snapshot, of a qcow2 image.
 pub(crate) struct Qcow2Layout {

@@ -4,7 +4,6 @@ mod assembler;
 mod layout;
 mod options;
 mod refcounts;
-mod tables;
 
 pub(crate) use assembler::Qcow2Assembler;
 pub(crate) use layout::{Files, Qcow2Layout};

@@ -5,20 +5,20 @@ use diskmill_io::{SharedStorage, Storage};
 use crate::error::{Error, Result};
 use crate::reader::read_full;
 
-/// Largest piece of a table that is read at once, in bytes. Tables may be 2 MiB (L2) or 32 MiB (L1); pieces keep
-/// the memory of a long chain bounded.
-pub(super) const SLICE: u64 = 64 << 10;
+/// Largest piece of a table that is read at once, in bytes. Tables may be 2 MiB (L2), 32 MiB (L1) or 128 MiB (grain
+/// directory); pieces keep the memory of a long chain bounded.
+pub(crate) const SLICE: u64 = 64 << 10;
 const SLICES: usize = 8;
 
 /// Pieces of metadata tables, the last few used kept.
-pub(super) struct TableCache {
+pub(crate) struct TableCache {
     file: SharedStorage,
     file_len: u64,
     slices: Mutex<Vec<(u64, Arc<[u8]>)>>,
 }
 
 impl TableCache {
-    pub(super) fn new(file: SharedStorage, file_len: u64) -> Self {
+    pub(crate) fn new(file: SharedStorage, file_len: u64) -> Self {
         Self { file, file_len, slices: Mutex::new(Vec::with_capacity(SLICES)) }
     }
 
@@ -26,7 +26,7 @@ impl TableCache {
     ///
     /// # Errors
     /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
-    pub(super) fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
+    pub(crate) fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
         let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(position) = slices.iter().position(|(key, bytes)| *key == at && bytes.len() as u64 >= len) {
             // Most recently used last.
