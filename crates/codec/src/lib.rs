@@ -2,13 +2,16 @@
 //!
 //! One [`Packer`] and one [`Unpacker`] per thread: each keeps its codecs' contexts between units.
 //! Deflate is libdeflate's, zstd the reference implementation's; both are called on whole units, never as streams.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod inflate;
 mod pack;
+mod recode;
 mod unpack;
 mod zero;
 
 pub use pack::{Packer, default_level, level_range};
+pub use recode::rewrap;
 pub use unpack::Unpacker;
 pub use zero::{Run, is_zero, runs};
 

@@ -1,13 +1,13 @@
 use flate2::{Decompress, FlushDecompress};
-use libdeflater::Decompressor;
 use zstd_safe::DCtx;
 
+use crate::inflate::Inflate;
 use crate::{Codec, Error};
 
 /// Unpacks units. Contexts are made when first needed.
 #[derive(Default)]
 pub struct Unpacker {
-    deflate: Option<Box<Decompressor>>,
+    deflate: Option<Inflate>,
     zstd: Option<Box<DCtx<'static>>>,
 }
 
@@ -19,43 +19,44 @@ impl Unpacker {
     }
 
     /// Unpacks the payload at the start of `packed` so that it fills `unit`. What follows the payload
-    /// (padding to a sector) is ignored.
+    /// (padding to a sector) is ignored. Returns the payload's own length, or `None` if it does not end by itself and
+    /// so cannot be used elsewhere.
     ///
     /// # Errors
     /// [`Error::Damaged`] or [`Error::WrongLength`]; the contents of `unit` are then unspecified.
-    pub fn unpack(&mut self, codec: Codec, packed: &[u8], unit: &mut [u8]) -> Result<(), Error> {
+    pub fn unpack(&mut self, codec: Codec, packed: &[u8], unit: &mut [u8]) -> Result<Option<usize>, Error> {
         match codec {
-            Codec::Deflate => self.unpack_deflate(packed, unit),
-            Codec::Zlib => self.unpack_zlib(packed, unit),
-            Codec::Zstd => self.unpack_zstd(packed, unit),
+            Codec::Deflate => self.inflate(false, packed, unit),
+            Codec::Zlib => self.inflate(true, packed, unit),
+            Codec::Zstd => self.unpack_zstd(packed, unit).map(Some),
         }
     }
 
-    fn unpack_deflate(&mut self, packed: &[u8], unit: &mut [u8]) -> Result<(), Error> {
-        let decompressor = self.deflate.get_or_insert_with(|| Box::new(Decompressor::new()));
-        match decompressor.deflate_decompress(packed, unit) {
-            Ok(len) if len == unit.len() => Ok(()),
-            Ok(got) => Err(Error::WrongLength { got, want: unit.len() }),
-            // QEMU takes a stream that fills the cluster without ending (`qcow2_zlib_decompress`); libdeflate
+    fn inflate(&mut self, wrapped: bool, packed: &[u8], unit: &mut [u8]) -> Result<Option<usize>, Error> {
+        let context = match &mut self.deflate {
+            Some(context) => context,
+            none => {
+                let no_memory = || Error::Codec("no memory for a deflate context".to_owned());
+                none.insert(Inflate::new().ok_or_else(no_memory)?)
+            }
+        };
+        match context.run(wrapped, packed, unit) {
+            Some((used, got)) if got == unit.len() => Ok(Some(used)),
+            Some((_, got)) => Err(Error::WrongLength { got, want: unit.len() }),
+            // QEMU takes a raw stream that fills the cluster without ending (`qcow2_zlib_decompress`); libdeflate
             // does not. Rare, so the slower decoder looks at it only now.
-            Err(error) => unpack_unfinished(packed, unit).map_err(|()| Error::Damaged(error.to_string())),
+            None if !wrapped && fills(packed, unit) => Ok(None),
+            None => Err(Error::Damaged("no valid deflate stream of the unit's length".to_owned())),
         }
     }
 
-    fn unpack_zlib(&mut self, packed: &[u8], unit: &mut [u8]) -> Result<(), Error> {
-        let decompressor = self.deflate.get_or_insert_with(|| Box::new(Decompressor::new()));
-        match decompressor.zlib_decompress(packed, unit) {
-            Ok(len) if len == unit.len() => Ok(()),
-            Ok(got) => Err(Error::WrongLength { got, want: unit.len() }),
-            Err(error) => Err(Error::Damaged(error.to_string())),
-        }
-    }
-
-    fn unpack_zstd(&mut self, packed: &[u8], unit: &mut [u8]) -> Result<(), Error> {
+    fn unpack_zstd(&mut self, packed: &[u8], unit: &mut [u8]) -> Result<usize, Error> {
+        let whole = packed.len();
         let context = match &mut self.zstd {
             Some(context) => context,
             none => {
-                let made = DCtx::try_create().ok_or_else(|| Error::Codec("no memory for a zstd context".to_owned()))?;
+                let made = DCtx::try_create()
+                    .ok_or_else(|| Error::Codec("no memory for a zstd context".to_owned()))?;
                 none.insert(Box::new(made))
             }
         };
@@ -68,19 +69,21 @@ impl Unpacker {
             }
             // The one-shot decoder refuses trailing bytes, so the frame is measured first.
             let frame = zstd_safe::find_frame_compressed_size(packed).map_err(damaged)?;
-            let (frame, after) =
-                packed.split_at_checked(frame.max(1)).ok_or_else(|| Error::Damaged("zstd: frame cut short".to_owned()))?;
+            let (frame, after) = packed
+                .split_at_checked(frame.max(1))
+                .ok_or_else(|| Error::Damaged("zstd: frame cut short".to_owned()))?;
             filled += context.decompress(rest, frame).map_err(damaged)?;
             packed = after;
         }
-        Ok(())
+        Ok(whole - packed.len())
     }
 }
 
-fn unpack_unfinished(packed: &[u8], unit: &mut [u8]) -> Result<(), ()> {
+/// Unpacks a raw deflate stream that may go on after the unit is full.
+fn fills(packed: &[u8], unit: &mut [u8]) -> bool {
     let mut inflate = Decompress::new(false);
     let _ = inflate.decompress(packed, unit, FlushDecompress::Finish);
-    if inflate.total_out() == unit.len() as u64 { Ok(()) } else { Err(()) }
+    inflate.total_out() == unit.len() as u64
 }
 
 #[cfg(test)]
@@ -92,9 +95,11 @@ mod tests {
     fn a_stream_that_fills_the_unit_without_ending_is_taken() {
         let unit = vec![7u8; 4096];
         let mut packed = Vec::with_capacity(4096);
-        Compress::new(Compression::new(6), false).compress_vec(&unit, &mut packed, FlushCompress::Sync).unwrap();
+        Compress::new(Compression::new(6), false)
+            .compress_vec(&unit, &mut packed, FlushCompress::Sync)
+            .unwrap();
         let mut back = vec![0; unit.len()];
-        Unpacker::new().unpack(Codec::Deflate, &packed, &mut back).unwrap();
+        assert_eq!(Unpacker::new().unpack(Codec::Deflate, &packed, &mut back), Ok(None));
         assert_eq!(back, unit);
     }
 
@@ -104,7 +109,8 @@ mod tests {
         let first = zstd_safe::compress(&mut packed[..], &[1; 3000], 3).unwrap();
         let second = zstd_safe::compress(&mut packed[first..], &[2; 1096], 3).unwrap();
         let mut unit = vec![0; 4096];
-        Unpacker::new().unpack(Codec::Zstd, &packed[..first + second + 100], &mut unit).unwrap();
+        let used = Unpacker::new().unpack(Codec::Zstd, &packed[..first + second + 100], &mut unit);
+        assert_eq!(used, Ok(Some(first + second)));
         assert!(unit[..3000] == [1; 3000] && unit[3000..] == [2; 1096]);
         let short = Unpacker::new().unpack(Codec::Zstd, &packed[..first], &mut unit);
         assert_eq!(short, Err(Error::WrongLength { got: 3000, want: 4096 }));

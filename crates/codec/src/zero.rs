@@ -37,7 +37,8 @@ pub fn runs(bytes: &[u8], granule: usize) -> impl Iterator<Item = Run> + '_ {
         let mut chunks = rest.chunks(granule);
         let first = chunks.next()?;
         let zero = is_zero(first);
-        let len = first.len() + chunks.take_while(|chunk| is_zero(chunk) == zero).map(<[u8]>::len).sum::<usize>();
+        let len =
+            first.len() + chunks.take_while(|chunk| is_zero(chunk) == zero).map(<[u8]>::len).sum::<usize>();
         let start = at;
         at += len;
         Some(Run { start, len, zero })

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::convert::Monitor;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::layout::Source;
+use crate::layout::{Extent, Source};
 use crate::reader::Reader;
 
 /// Bytes that are read of each image at once.
@@ -16,7 +16,8 @@ const STEP: u64 = 1 << 20;
 /// How to compare.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CompareOptions {
-    /// Sizes must be equal too, and what one image allocates the other must allocate.
+    /// Sizes must be equal too, and in each place both images must hold the same: nothing, zeros, plain or compressed
+    /// data, with or without a place in a file (as `qemu-img compare -s`).
     pub strict: bool,
     /// Threads; `None`: one for each CPU that this process may use.
     pub threads: Option<usize>,
@@ -33,7 +34,7 @@ pub enum Comparison {
     },
     /// The sizes differ (strict only).
     SizesDiffer,
-    /// One image allocates what the other does not (strict only).
+    /// One image holds something else than the other, in the sense of [`CompareOptions::strict`].
     StatusDiffers {
         /// The first guest offset.
         at: u64,
@@ -56,7 +57,14 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
     let total = a.size().max(b.size());
     monitor.start(total);
     let shared = Shared {
-        walk: Mutex::new(Walk { images: [a, b], at: 0, total, strict: options.strict, status: None, failed: None }),
+        walk: Mutex::new(Walk {
+            images: [a, b],
+            at: 0,
+            total,
+            strict: options.strict,
+            status: None,
+            failed: None,
+        }),
         first: AtomicU64::new(u64::MAX),
         monitor,
     };
@@ -96,6 +104,25 @@ struct Walk<'a> {
     failed: Option<(u64, Error)>,
 }
 
+/// What a strict comparison takes for the same: what QEMU's block status tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Status {
+    present: bool,
+    zero: bool,
+    packed: bool,
+    /// There is a place for it in a file.
+    placed: bool,
+}
+
+impl Status {
+    const fn of(extent: &Extent) -> Self {
+        let (zero, packed) =
+            (matches!(extent.source, Source::Zero), matches!(extent.source, Source::Packed { .. }));
+        let placed = extent.zero_host.is_some() || matches!(extent.source, Source::Raw { .. });
+        Self { present: extent.present, zero, packed, placed }
+    }
+}
+
 /// Which images hold data in a range.
 struct Step {
     guest: Range<u64>,
@@ -112,17 +139,17 @@ impl Walk<'_> {
             let start = self.at;
             let mut end = self.total;
             let mut data = [false; 2];
-            let mut present = [false; 2];
-            for ((image, data), present) in self.images.into_iter().zip(&mut data).zip(&mut present) {
+            let mut status = [None; 2];
+            for ((image, data), status) in self.images.into_iter().zip(&mut data).zip(&mut status) {
                 // Past its end an image counts as zeros.
                 if start < image.size() {
                     let extent = image.map(start, end - start).map_err(|error| error.error)?;
                     end = extent.guest.end;
                     *data = extent.source != Source::Zero;
-                    *present = extent.present;
+                    *status = Some(Status::of(&extent));
                 }
             }
-            if self.strict && present.first() != present.last() {
+            if self.strict && status.first() != status.last() {
                 self.status = Some(start);
                 break;
             }

@@ -74,7 +74,11 @@ impl Error {
         Self::new(Kind::Unsupported, format!("{} is not supported", message.into()))
     }
 
-    pub(crate) fn corrupt(structure: impl Into<String>, offset: Option<u64>, message: impl Into<String>) -> Self {
+    pub(crate) fn corrupt(
+        structure: impl Into<String>,
+        offset: Option<u64>,
+        message: impl Into<String>,
+    ) -> Self {
         let mut error = Self::new(Kind::Corrupt, message);
         error.0.structure = Some(structure.into());
         error.0.offset = offset;

@@ -1,22 +1,26 @@
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_format::qcow2::{Snapshot, feature};
 use diskmill_format::{GuestOffset, Limits};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
 use crate::error::{Error, Kind, Result};
-use crate::layout::{Extent, FileId, ImageInfo, LayerSource, Layout, MapError, Source};
+use crate::layout::{
+    Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source,
+};
 use crate::policy::OpenPolicy;
-use crate::probe::Format;
+use crate::probe::{Format, PROBE_BYTES};
 use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy, refuse_encryption};
 use crate::raw::RawLayout;
 use crate::reader::{Reader, read_full};
+use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
 
 /// Which internal snapshot to read instead of the active state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +54,10 @@ pub struct OpenOptions {
     pub direct: bool,
     /// Do not open the files that the image names: for looking at its metadata alone. Guest data cannot be read then.
     pub metadata_only: bool,
+    /// Which disk of an OVA: its number, from 1, or one of its names. Needed only where there are several.
+    pub disk: Option<String>,
+    /// Read a VMDK delta although its parent was changed since (the CIDs differ).
+    pub ignore_cid: bool,
 }
 
 /// A file that an image consists of.
@@ -64,6 +72,26 @@ pub struct ImageFile {
 struct Layer {
     layout: Box<dyn Layout>,
     path: PathBuf,
+    /// The last run and where it starts: a walk over a fragmented backing file comes back to one long run of the
+    /// overlay for each of its own short ones.
+    last: Mutex<Option<(u64, LayerExtent)>>,
+}
+
+impl Layer {
+    fn map(&self, at: u64, max: u64) -> Result<LayerExtent, MapError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((start, run)) = &*last
+            && let Some(skip) = at.checked_sub(*start).filter(|&skip| skip < run.len)
+        {
+            return Ok(run.advanced(skip));
+        }
+        let run = self
+            .layout
+            .map(GuestOffset(at), max)
+            .map_err(|MapError { error, len }| MapError { error: error.of(&self.path), len })?;
+        *last = Some((at, run));
+        Ok(run)
+    }
 }
 
 /// An open image with its backing chain, for reading.
@@ -87,11 +115,16 @@ impl Image {
     ///
     /// # Errors
     /// As [`Image::open`].
-    pub fn from_storage(storage: SharedStorage, path: impl Into<PathBuf>, options: &OpenOptions) -> Result<Self> {
+    pub fn from_storage(
+        storage: SharedStorage,
+        path: impl Into<PathBuf>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
         let options = OpenOptions { policy: OpenPolicy::default(), ..options.clone() };
         let path = path.into();
         let mut opener = Opener::new(&options);
-        let next = opener.layer(storage, path.clone(), options.format, options.snapshot.as_ref(), Path::new(""))?;
+        let next =
+            opener.layer(storage, path.clone(), options.format, options.snapshot.as_ref(), Path::new(""))?;
         if let Some(next) = next {
             let path = next.path;
             return Err(Error::new(Kind::Denied, format!("the backing file {path:?} is not opened")));
@@ -138,14 +171,14 @@ impl Image {
     /// [`MapError`] where a table of some layer is damaged, or `at` is past the end of the disk.
     pub fn map(&self, at: u64, max: u64) -> Result<Extent, MapError> {
         let Some(left) = self.size().checked_sub(at).filter(|&left| left > 0 && max > 0) else {
-            return Err(MapError { error: Error::invalid("an offset past the end of the disk"), len: max.max(1) });
+            return Err(MapError {
+                error: Error::invalid("an offset past the end of the disk"),
+                len: max.max(1),
+            });
         };
         let mut len = max.min(left);
         for (depth, layer) in (0u16..).zip(&self.layers) {
-            let found = layer
-                .layout
-                .map(GuestOffset(at), len)
-                .map_err(|MapError { error, len }| MapError { error: error.of(&layer.path), len })?;
+            let found = layer.map(at, len)?;
             len = len.min(found.len);
             let answer = |source, present, zero_host| Extent {
                 guest: at..at + len,
@@ -157,12 +190,19 @@ impl Image {
             match found.source {
                 LayerSource::Data(source) => return Ok(answer(source, true, None)),
                 LayerSource::Zero(host) => return Ok(answer(Source::Zero, true, host)),
-                LayerSource::Unallocated => {
-                    let below = self.layers.get(usize::from(depth) + 1).map_or(0, |next| next.layout.info().virtual_size);
+                LayerSource::Unallocated | LayerSource::Reserved(_) => {
+                    let host = match found.source {
+                        LayerSource::Reserved(host) => Some(host),
+                        _ => None,
+                    };
+                    let below = self
+                        .layers
+                        .get(usize::from(depth) + 1)
+                        .map_or(0, |next| next.layout.info().virtual_size);
                     // Past the end of a shorter backing file there is nothing: zeros.
                     match below.checked_sub(at).filter(|&left| left > 0) {
                         Some(left) => len = len.min(left),
-                        None => return Ok(answer(Source::Zero, false, None)),
+                        None => return Ok(answer(Source::Zero, false, host)),
                     }
                 }
             }
@@ -191,6 +231,17 @@ impl Image {
         })
     }
 
+    /// What is doubtful about the image and its backing chain and was read all the same, for people. Reading guest
+    /// data may add to it.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let of_layer = |layer: &Layer| {
+            let path = layer.path.clone();
+            layer.layout.warnings().into_iter().map(move |text| format!("{path:?}: {text}"))
+        };
+        self.layers.iter().flat_map(of_layer).collect()
+    }
+
     /// A reader of guest bytes. Make one per thread.
     #[must_use]
     pub fn reader(&self) -> Reader<'_> {
@@ -202,6 +253,8 @@ impl Image {
 struct Next {
     path: PathBuf,
     format: Option<Format>,
+    /// The CID that it must have, if it is a VMDK's parent.
+    cid: Option<u32>,
 }
 
 struct Opener<'a> {
@@ -209,28 +262,38 @@ struct Opener<'a> {
     image: Image,
     /// Device and inode of each file, to find loops.
     seen: Vec<(u64, u64)>,
+    /// The disk is inside an archive, and so cannot name files.
+    archived: bool,
 }
 
 impl<'a> Opener<'a> {
     fn new(options: &'a OpenOptions) -> Self {
         let image = Image { layers: Vec::new(), files: Vec::new(), _locks: Vec::new() };
-        Self { options, image, seen: Vec::new() }
+        Self { options, image, seen: Vec::new(), archived: false }
     }
 
     fn open(mut self, path: &Path) -> Result<Image> {
         let root = path.canonicalize().map_err(|error| Error::io("cannot open", error).of(path))?;
         let root = root.parent().unwrap_or(Path::new("/")).to_owned();
-        let mut next = Next { path: path.to_owned(), format: self.options.format };
+        let mut next = Next { path: path.to_owned(), format: self.options.format, cid: None };
         loop {
             let top = self.image.layers.is_empty();
             if self.image.layers.len() >= usize::from(self.options.limits.chain_depth) {
                 let depth = self.options.limits.chain_depth;
-                return Err(Error::new(Kind::Limit, format!("the backing chain has more than {depth} layers")).of(path));
+                return Err(Error::new(
+                    Kind::Limit,
+                    format!("the backing chain has more than {depth} layers"),
+                )
+                .of(path));
             }
             let storage = self.open_file(&next.path, (!top).then_some(root.as_path()))?;
             let snapshot = self.options.snapshot.as_ref().filter(|_| top);
-            let here = next.path.clone();
-            match self.layer(storage, next.path, next.format, snapshot, &root).map_err(|error| error.of(&here))? {
+            let (here, cid) = (next.path.clone(), next.cid);
+            let below = self
+                .layer(storage, next.path, next.format, snapshot, &root)
+                .map_err(|error| error.of(&here))?;
+            self.check_cid(cid).map_err(|error| error.of(&here))?;
+            match below {
                 Some(below) => next = below,
                 None => return Ok(self.image),
             }
@@ -241,7 +304,8 @@ impl<'a> Opener<'a> {
     /// nobody can exchange it.
     fn open_file(&mut self, path: &Path, root: Option<&Path>) -> Result<SharedStorage> {
         let how = OpenHow { read: true, direct: self.options.direct, ..OpenHow::default() };
-        let storage = FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
+        let storage =
+            FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
         let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
         if let Some(root) = root
             && let Ok(real) = std::fs::read_link(format!("/proc/self/fd/{}", storage.file().as_raw_fd()))
@@ -281,7 +345,7 @@ impl<'a> Opener<'a> {
         let format = match format {
             Some(format) => format,
             None => {
-                let mut start = [0; 512];
+                let mut start = vec![0; PROBE_BYTES];
                 let got = read_full(&*storage, &mut start, 0)?;
                 Format::probe(start.get(..got).unwrap_or_default())
             }
@@ -294,8 +358,16 @@ impl<'a> Opener<'a> {
                 let (layout, next) = self.qcow2(storage, id, &path, snapshot, root)?;
                 (Box::new(layout), next)
             }
+            _ if snapshot.is_some() => {
+                return Err(Error::invalid(format!("{format} has no internal snapshots")));
+            }
+            Format::Vmdk => {
+                let (layout, next) = self.vmdk(&storage, id, &path, root)?;
+                (Box::new(layout), next)
+            }
+            Format::Ova => return self.ova(&storage, path, root),
         };
-        self.image.layers.push(Layer { layout, path });
+        self.image.layers.push(Layer { layout, path, last: Mutex::new(None) });
         Ok(next)
     }
 
@@ -316,7 +388,11 @@ impl<'a> Opener<'a> {
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
         let data = if header.has(feature::DATA_FILE) && !self.options.metadata_only {
             let Some(name) = &read.area.extensions.data_file else {
-                return Err(Error::corrupt("qcow2 header", Some(0), "the name of the external data file is missing"));
+                return Err(Error::corrupt(
+                    "qcow2 header",
+                    Some(0),
+                    "the name of the external data file is missing",
+                ));
             };
             let named = resolve(name, path, "external data file")?;
             let data_path = self.options.policy.check(&named, root, "external data file")?;
@@ -330,14 +406,91 @@ impl<'a> Opener<'a> {
         let next = match &read.area.backing_name {
             Some(name) if !self.options.metadata_only => {
                 let named = resolve(name, path, "backing file")?;
-                let format = backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
-                Some(Next { path: self.options.policy.check(&named, root, "backing file")?, format })
+                let format =
+                    backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
+                Some(Next {
+                    path: self.options.policy.check(&named, root, "backing file")?,
+                    format,
+                    cid: None,
+                })
             }
             _ => None,
         };
         let files = Files { image: (storage, id, len), data };
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
         Ok((layout, next))
+    }
+}
+
+impl Opener<'_> {
+    fn vmdk(
+        &mut self,
+        storage: &SharedStorage,
+        id: FileId,
+        path: &Path,
+        root: &Path,
+    ) -> Result<(VmdkLayout, Option<Next>)> {
+        let options = self.options;
+        let own = ExtentFile::new(Arc::clone(storage), id, path)?;
+        // Several extents may lie in one file.
+        let mut opened: HashMap<PathBuf, ExtentFile> = HashMap::new();
+        let mut open = |named: &Path| {
+            if self.archived {
+                return Err(Error::unsupported(format!("the extent {named:?} of a disk inside an archive")));
+            }
+            let path = options.policy.check(named, root, "extent")?;
+            if let Some(file) = opened.get(&path) {
+                return Ok(file.clone());
+            }
+            let storage = self.open_file(&path, Some(root))?;
+            let file = ExtentFile::new(Arc::clone(&storage), self.file_id(&storage, &path), &path)?;
+            opened.insert(path, file.clone());
+            Ok(file)
+        };
+        let (layout, parent) = crate::vmdk::open(&own, options, &mut open)?;
+        let Some(Parent { candidates, cid }) = parent.filter(|_| !options.metadata_only) else {
+            return Ok((layout, None));
+        };
+        let named = candidates.iter().find(|path| path.exists()).or(candidates.first());
+        let Some(named) = named else { return Ok((layout, None)) };
+        let path = options.policy.check(named, root, "parent")?;
+        // Never probed: a parent is a VMDK, and a raw one would let the guest choose.
+        Ok((layout, Some(Next { path, format: Some(Format::Vmdk), cid })))
+    }
+
+    /// Whether the layer that was opened last is the parent that its child was made for.
+    fn check_cid(&self, expected: Option<u32>) -> Result<()> {
+        let info = self.image.layers.last().map(|layer| layer.layout.info());
+        let (Some(expected), Some(FormatInfo::Vmdk(vmdk))) = (expected, info.map(|info| &info.specific))
+        else {
+            return Ok(());
+        };
+        let found = vmdk.descriptor.as_ref().and_then(|descriptor| descriptor.cid);
+        if self.options.ignore_cid || found == Some(expected) {
+            return Ok(());
+        }
+        let found = found.map_or("none".to_owned(), |cid| format!("{cid:08x}"));
+        let message = format!(
+            "its CID is {found} and its child was made for {expected:08x}: the parent was changed since, or is another disk"
+        );
+        Err(Error::corrupt("parent", None, message).hint("--ignore-cid reads the disk all the same"))
+    }
+
+    /// Adds the disk inside an archive as a layer.
+    fn ova(&mut self, archive: &SharedStorage, path: PathBuf, root: &Path) -> Result<Option<Next>> {
+        if self.archived || !self.image.layers.is_empty() {
+            return Err(Error::unsupported("an archive inside an image"));
+        }
+        self.archived = true;
+        // The disk inside takes the archive's place among the files.
+        self.image.files.clear();
+        let disk = crate::ova::open(archive, self.options)?;
+        match self.layer(disk, path, None, None, root)? {
+            Some(Next { path, .. }) => {
+                Err(Error::unsupported(format!("the backing file {path:?} of a disk inside an archive")))
+            }
+            None => Ok(None),
+        }
     }
 }
 
@@ -349,12 +502,14 @@ fn find_snapshot<'s>(snapshots: &'s [Snapshot], wanted: &SnapshotRef) -> Result<
             by_id.or_else(|| snapshots.iter().find(|snapshot| is(&snapshot.name, text)))
         }
         SnapshotRef::Exact { id, name } => snapshots.iter().find(|snapshot| {
-            id.as_ref().is_none_or(|id| is(&snapshot.id, id)) && name.as_ref().is_none_or(|name| is(&snapshot.name, name))
+            id.as_ref().is_none_or(|id| is(&snapshot.id, id))
+                && name.as_ref().is_none_or(|name| is(&snapshot.name, name))
         }),
     };
     found.ok_or_else(|| {
         let names: Vec<String> = snapshots.iter().map(|snapshot| lossy(&snapshot.name)).collect();
-        let hint = if names.is_empty() { "it has none".to_owned() } else { format!("it has: {}", names.join(", ")) };
+        let hint =
+            if names.is_empty() { "it has none".to_owned() } else { format!("it has: {}", names.join(", ")) };
         Error::invalid(format!("the image has no snapshot {}", describe_snapshot(wanted))).hint(hint)
     })
 }
@@ -363,7 +518,10 @@ fn describe_snapshot(wanted: &SnapshotRef) -> String {
     match wanted {
         SnapshotRef::Any(text) => format!("{text:?}"),
         SnapshotRef::Exact { id, name } => {
-            let parts = [id.as_ref().map(|id| format!("with id {id:?}")), name.as_ref().map(|name| format!("named {name:?}"))];
+            let parts = [
+                id.as_ref().map(|id| format!("with id {id:?}")),
+                name.as_ref().map(|name| format!("named {name:?}")),
+            ];
             parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
         }
     }

@@ -77,6 +77,8 @@ pub struct Extent {
 pub enum LayerSource {
     /// Nothing: ask the backing file.
     Unallocated,
+    /// Nothing, but the cluster around it has its place at this offset (extended L2 entries): ask the backing file.
+    Reserved((FileId, HostOffset)),
     /// It reads as zeros. A host offset may be kept for it.
     Zero(Option<(FileId, HostOffset)>),
     /// As in [`Source`].
@@ -92,6 +94,22 @@ pub struct LayerExtent {
     pub source: LayerSource,
 }
 
+impl LayerExtent {
+    /// The same run with its first `bytes` cut off, of which it has more.
+    #[must_use]
+    pub(crate) fn advanced(self, bytes: u64) -> Self {
+        let host_after =
+            |(file, host): (FileId, HostOffset)| (file, HostOffset(host.get().saturating_add(bytes)));
+        let source = match self.source {
+            LayerSource::Unallocated => LayerSource::Unallocated,
+            LayerSource::Reserved(host) => LayerSource::Reserved(host_after(host)),
+            LayerSource::Zero(host) => LayerSource::Zero(host.map(host_after)),
+            LayerSource::Data(source) => LayerSource::Data(source.advanced(bytes)),
+        };
+        Self { len: self.len.saturating_sub(bytes), source }
+    }
+}
+
 /// A run that cannot be mapped because the image is damaged there.
 #[derive(Debug)]
 pub struct MapError {
@@ -105,6 +123,11 @@ pub struct MapError {
 pub trait Layout: Send + Sync {
     /// Facts about the image.
     fn info(&self) -> &ImageInfo;
+
+    /// What is doubtful about the image: [`ImageInfo::warnings`], and what mapping has found since it was opened.
+    fn warnings(&self) -> Vec<String> {
+        self.info().warnings.clone()
+    }
 
     /// What the layer has at guest offset `at`, which is below the virtual size: a run of at most `max` bytes
     /// (`max` > 0), as long as is cheap to tell.
@@ -131,6 +154,8 @@ pub struct ImageInfo {
     pub backing_path: Option<PathBuf>,
     /// The backing file's format as the image names it.
     pub backing_format: Option<String>,
+    /// What is doubtful about the image and was read all the same, for people.
+    pub warnings: Vec<String>,
     /// What only this format has.
     pub specific: FormatInfo,
 }
@@ -143,4 +168,6 @@ pub enum FormatInfo {
     Raw,
     /// Of a qcow2 image.
     Qcow2(Box<crate::qcow2::Qcow2Info>),
+    /// Of a VMDK.
+    Vmdk(Box<crate::vmdk::VmdkInfo>),
 }

@@ -37,7 +37,9 @@ impl OpenPolicy {
         if self.allow == Allow::Nothing {
             return denied(named, "is not opened: images may not name other files here");
         }
-        let canonical = named.canonicalize().map_err(|error| Error::io(format!("cannot open the {what} {named:?}"), error))?;
+        let canonical = named
+            .canonicalize()
+            .map_err(|error| Error::io(format!("cannot open the {what} {named:?}"), error))?;
         if self.allow == Allow::Anything || self.allows(&canonical, root) {
             return Ok(canonical);
         }

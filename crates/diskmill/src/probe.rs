@@ -11,13 +11,28 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VMware's format: a descriptor with its extents, or one sparse extent.
+    Vmdk,
+    /// A tar archive with an OVF envelope and its disks, of which one is read.
+    Ova,
 }
 
+/// Bytes from the start of a file that [`Format::probe`] looks at.
+pub(crate) const PROBE_BYTES: usize = diskmill_format::vmdk::PROBE_BYTES;
+
 impl Format {
-    /// The format that the first bytes of a file look like. Everything else is raw.
+    /// The format that the first bytes of a file look like, best 64 KiB of them. Everything else is raw.
     #[must_use]
     pub fn probe(start: &[u8]) -> Self {
-        if start.starts_with(&diskmill_format::qcow2::MAGIC) { Self::Qcow2 } else { Self::Raw }
+        if start.starts_with(&diskmill_format::qcow2::MAGIC) {
+            Self::Qcow2
+        } else if diskmill_format::vmdk::probe(start).is_some() {
+            Self::Vmdk
+        } else if crate::ova::probe(start) {
+            Self::Ova
+        } else {
+            Self::Raw
+        }
     }
 
     /// The name that qemu-img uses.
@@ -26,6 +41,8 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Ova => "ova",
         }
     }
 }
@@ -45,7 +62,10 @@ impl FromStr for Format {
         match name {
             "raw" | "file" | "host_device" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            other => Err(Error::unsupported(format!("the image format {other:?}")).hint("raw and qcow2 are")),
+            "vmdk" => Ok(Self::Vmdk),
+            "ova" => Ok(Self::Ova),
+            other => Err(Error::unsupported(format!("the image format {other:?}"))
+                .hint("raw, qcow2, vmdk and ova are")),
         }
     }
 }

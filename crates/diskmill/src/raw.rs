@@ -11,6 +11,11 @@ use crate::probe::Format;
 
 pub(crate) struct RawLayout {
     info: ImageInfo,
+    runs: FileRuns,
+}
+
+/// The data and the holes of a file.
+pub(crate) struct FileRuns {
     file: SharedStorage,
     file_id: FileId,
     len: u64,
@@ -18,25 +23,29 @@ pub(crate) struct RawLayout {
     last: Mutex<(u64, Allocation, u64)>,
 }
 
-impl RawLayout {
+impl FileRuns {
     pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
         let len = file.len().map_err(|error| Error::io("cannot tell the size", error))?;
-        // QEMU's disks consist of 512-byte sectors: the last one is filled up with zeros.
-        let virtual_size = len
-            .checked_next_multiple_of(512)
-            .filter(|&size| size <= i64::MAX as u64)
-            .ok_or_else(|| Error::invalid("the file is larger than a disk can be"))?;
-        let info = ImageInfo {
-            format: Format::Raw,
-            virtual_size,
-            cluster_size: None,
-            packed_unit: 0,
-            backing_name: None,
-            backing_path: None,
-            backing_format: None,
-            specific: FormatInfo::Raw,
+        Ok(Self { file, file_id, len, last: Mutex::new((0, Allocation::Data, 0)) })
+    }
+
+    /// Bytes in the file.
+    pub(crate) const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// What stands at `at`: at most `max` bytes. `None` at and past the end of the file.
+    pub(crate) fn map(&self, at: u64, max: u64) -> Result<Option<LayerExtent>, MapError> {
+        let Some(left) = self.len.checked_sub(at).filter(|&left| left > 0) else { return Ok(None) };
+        let (kind, end) = self
+            .allocation(at)
+            .map_err(|error| MapError { error: Error::io("cannot look for holes", error), len: max })?;
+        let len = (end - at).min(left).min(max);
+        let source = match kind {
+            Allocation::Data => LayerSource::Data(Source::Raw { file: self.file_id, at: HostOffset(at) }),
+            Allocation::Hole => LayerSource::Zero(Some((self.file_id, HostOffset(at)))),
         };
-        Ok(Self { info, file, file_id, len, last: Mutex::new((0, Allocation::Data, 0)) })
+        Ok(Some(LayerExtent { len, source }))
     }
 
     fn allocation(&self, at: u64) -> std::io::Result<(Allocation, u64)> {
@@ -50,24 +59,39 @@ impl RawLayout {
     }
 }
 
+impl RawLayout {
+    pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
+        let runs = FileRuns::new(file, file_id)?;
+        // QEMU's disks consist of 512-byte sectors: the last one is filled up with zeros.
+        let virtual_size = runs
+            .len()
+            .checked_next_multiple_of(512)
+            .filter(|&size| size <= i64::MAX as u64)
+            .ok_or_else(|| Error::invalid("the file is larger than a disk can be"))?;
+        let info = ImageInfo {
+            format: Format::Raw,
+            virtual_size,
+            cluster_size: None,
+            packed_unit: 0,
+            backing_name: None,
+            backing_path: None,
+            backing_format: None,
+            warnings: Vec::new(),
+            specific: FormatInfo::Raw,
+        };
+        Ok(Self { info, runs })
+    }
+}
+
 impl Layout for RawLayout {
     fn info(&self) -> &ImageInfo {
         &self.info
     }
 
     fn map(&self, at: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
-        let at = at.get();
-        let Some(left) = self.len.checked_sub(at).filter(|&left| left > 0) else {
-            return Ok(LayerExtent { len: max, source: LayerSource::Zero(None) });
-        };
-        let (kind, end) = self
-            .allocation(at)
-            .map_err(|error| MapError { error: Error::io("cannot look for holes", error), len: max })?;
-        let len = (end - at).min(left).min(max);
-        let source = match kind {
-            Allocation::Data => LayerSource::Data(Source::Raw { file: self.file_id, at: HostOffset(at) }),
-            Allocation::Hole => LayerSource::Zero(Some((self.file_id, HostOffset(at)))),
-        };
-        Ok(LayerExtent { len, source })
+        // The rest of the last sector.
+        let zeros = LayerSource::Zero(Some((self.runs.file_id, HostOffset(at.get()))));
+        let past_end = LayerExtent { len: max, source: zeros };
+        Ok(self.runs.map(at.get(), max)?.unwrap_or(past_end))
     }
 }

@@ -27,7 +27,10 @@ pub(crate) fn read_exact(file: &dyn Storage, buf: &mut [u8], at: u64) -> Result<
     if got < want {
         return Err(Error::new(
             Kind::Corrupt,
-            format!("the file ends at offset {:#x}, inside data that belongs to the image", at.saturating_add(got as u64)),
+            format!(
+                "the file ends at offset {:#x}, inside data that belongs to the image",
+                at.saturating_add(got as u64)
+            ),
         ));
     }
     Ok(())
@@ -103,6 +106,7 @@ impl<'a> Reader<'a> {
             .and_then(|()| {
                 self.unpacker
                     .unpack(codec, &self.packed, &mut self.unit)
+                    .map(|_| ())
                     .map_err(|error| Error::corrupt("compressed cluster", Some(at.get()), error.to_string()))
             })
             .map_err(|error| error.of(&file.path))?;

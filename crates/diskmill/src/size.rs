@@ -7,14 +7,18 @@ use crate::error::{Error, Result};
 /// [`Kind::Invalid`](crate::Kind::Invalid), saying what is wrong.
 pub fn parse_size(text: &str) -> Result<u64> {
     parse(text).filter(|&size| size <= i64::MAX as u64).ok_or_else(|| {
-        Error::invalid(format!("{text:?} is not a size")).hint("bytes, or a number with one of the letters k, M, G, T, P, E")
+        Error::invalid(format!("{text:?} is not a size"))
+            .hint("bytes, or a number with one of the letters k, M, G, T, P, E")
     })
 }
 
 fn parse(text: &str) -> Option<u64> {
     if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         // `from_str_radix` would take a sign.
-        return hex.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u64::from_str_radix(hex, 16).ok())?;
+        return hex
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit())
+            .then(|| u64::from_str_radix(hex, 16).ok())?;
     }
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {

@@ -28,7 +28,8 @@ impl TableCache {
     /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
     pub(crate) fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
         let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(position) = slices.iter().position(|(key, bytes)| *key == at && bytes.len() as u64 >= len) {
+        if let Some(position) = slices.iter().position(|(key, bytes)| *key == at && bytes.len() as u64 >= len)
+        {
             // Most recently used last.
             let hit = slices.remove(position);
             let bytes = Arc::clone(&hit.1);

@@ -1,4 +1,5 @@
 //! Failing disks: an error that says where, nothing under the final name, and salvage that goes on.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::io;
 use std::sync::Arc;
@@ -27,8 +28,9 @@ fn a_read_error_ends_the_conversion_and_leaves_the_old_file() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("out.raw");
     std::fs::write(&target, b"old").unwrap();
-    let error = convert(&[failing_source()], target.clone().into(), &ConvertOptions::default(), &Monitor::new())
-        .expect_err("the source cannot be read");
+    let error =
+        convert(&[failing_source()], target.clone().into(), &ConvertOptions::default(), &Monitor::new())
+            .expect_err("the source cannot be read");
     assert_eq!(error.kind(), Kind::Io);
     assert!(error.to_string().contains("failing.raw"), "{error}");
     assert_eq!(error.os_error().map(io::Error::raw_os_error), Some(Some(5)), "EIO: {error}");
@@ -48,10 +50,16 @@ fn salvage_goes_on_and_tells_what_is_missing() {
     let lost: u64 = done.bad_ranges.iter().map(|range| range.len).sum();
     assert!(lost < 1 << 20, "{lost} bytes given up for one bad block of 4096");
     for (at, (got, want)) in got.iter().zip(&want).enumerate() {
-        let bad = done.bad_ranges.iter().any(|range| (range.start..range.start + range.len).contains(&(at as u64)));
+        let bad =
+            done.bad_ranges.iter().any(|range| (range.start..range.start + range.len).contains(&(at as u64)));
         assert_eq!(*got, if bad { 0 } else { *want }, "at {at}");
     }
-    assert!(BAD.clone().all(|at| done.bad_ranges.iter().any(|range| (range.start..range.start + range.len).contains(&at))));
+    assert!(
+        BAD.clone().all(|at| done
+            .bad_ranges
+            .iter()
+            .any(|range| (range.start..range.start + range.len).contains(&at)))
+    );
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! The library converts there and back, and qemu-img agrees where it is installed.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::Path;
 use std::process::Command;
@@ -78,7 +79,10 @@ fn there_and_back() {
         let back = dir.path().join(format!("{index}.raw"));
         run(&raw, &image, &qcow2(options, *compress, 1));
         run(&raw, &twin, &qcow2(options, *compress, 3));
-        assert!(std::fs::read(&image).unwrap() == std::fs::read(&twin).unwrap(), "{options:?}: threads change the output");
+        assert!(
+            std::fs::read(&image).unwrap() == std::fs::read(&twin).unwrap(),
+            "{options:?}: threads change the output"
+        );
         qemu_img(&["check", "-q", image.to_str().unwrap()]);
         qemu_img(&["compare", "-q", raw.to_str().unwrap(), image.to_str().unwrap()]);
         run(&image, &back, &ConvertOptions::default());

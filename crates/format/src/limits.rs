@@ -15,6 +15,10 @@ pub struct Limits {
     pub qcow2_snapshot_table_bytes: u64,
     /// Largest extra data of one qcow2 snapshot table entry, in bytes.
     pub qcow2_snapshot_extra_bytes: u32,
+    /// Most persistent bitmaps of a qcow2 image.
+    pub qcow2_bitmaps: u32,
+    /// Largest qcow2 bitmap directory, in bytes.
+    pub qcow2_bitmap_directory_bytes: u64,
     /// Longest backing file name, in bytes.
     pub backing_name_bytes: u32,
     /// Most layers in a backing chain, the top image included. (QEMU has no limit.)
@@ -49,6 +53,8 @@ impl Default for Limits {
             qcow2_snapshots: 65_536,
             qcow2_snapshot_table_bytes: 64 * MIB,
             qcow2_snapshot_extra_bytes: 1024,
+            qcow2_bitmaps: 65_535,
+            qcow2_bitmap_directory_bytes: 64 * MIB,
             backing_name_bytes: 1023,
             chain_depth: 64,
             vmdk_descriptor_bytes: 2 * MIB,

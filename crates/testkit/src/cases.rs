@@ -34,7 +34,7 @@ pub fn pairwise(sizes: &[usize], valid: impl Fn(&[usize]) -> bool) -> Vec<Vec<us
     rows
 }
 
-/// Runs `check` on every case, on all processors, and then fails with the list of all that failed.
+/// Runs `check` on every case, on all processors, and then fails with the first of those that failed.
 pub fn parallel<C: Sync + std::fmt::Debug>(cases: &[C], check: impl Fn(&C) + Sync) {
     assert!(!cases.is_empty(), "a table without cases tests nothing");
     let next = AtomicUsize::new(0);
@@ -61,7 +61,8 @@ pub fn parallel<C: Sync + std::fmt::Debug>(cases: &[C], check: impl Fn(&C) + Syn
         "{} of {} cases failed:\n{}",
         failures.len(),
         cases.len(),
-        failures.join("\n")
+        // Often all fail for one reason: the first ones tell it.
+        failures[..failures.len().min(8)].join("\n")
     );
 }
 

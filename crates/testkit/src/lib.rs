@@ -21,6 +21,7 @@ mod model;
 mod oracle;
 pub mod qcow2;
 mod require;
+pub mod stream_optimized;
 
 pub use cases::{pairwise, parallel};
 pub use command::{Cmd, Outcome, Running, Tool};

@@ -1,6 +1,7 @@
 use std::ops::Range;
 
 use diskmill_codec::Codec;
+use diskmill_io::Storage;
 
 use crate::error::Result;
 
@@ -11,6 +12,8 @@ pub(crate) enum TargetFile {
     Main,
     /// The external data file.
     Data,
+    /// An extent file of a VMDK, by its number from 0.
+    Extent(u32),
 }
 
 /// A write that an [`Assembler`] asks for.
@@ -63,8 +66,11 @@ impl WriteOp {
 
     /// Adds a run of zeros, or makes the last one longer.
     pub(crate) fn push_zeroes(out: &mut Vec<Self>, file: TargetFile, at: u64, len: u64, written: bool) {
-        if let Some(Self { file: last_file, at: last_at, what: WriteWhat::Zeroes { len: last_len, written: last } }) =
-            out.last_mut()
+        if let Some(Self {
+            file: last_file,
+            at: last_at,
+            what: WriteWhat::Zeroes { len: last_len, written: last },
+        }) = out.last_mut()
             && (*last_file, *last_at + *last_len, *last) == (file, at, written)
         {
             *last_len += len;
@@ -75,8 +81,11 @@ impl WriteOp {
 
     /// Adds a write from the job's buffer, or makes the last one longer if this one goes on where it ends.
     pub(crate) fn push_buf(out: &mut Vec<Self>, file: TargetFile, at: u64, buf_at: usize, len: usize) {
-        if let Some(Self { file: last_file, at: last_at, what: WriteWhat::Buf { at: last_buf, len: last_len } }) =
-            out.last_mut()
+        if let Some(Self {
+            file: last_file,
+            at: last_at,
+            what: WriteWhat::Buf { at: last_buf, len: last_len },
+        }) = out.last_mut()
             && *last_file == file
             && *last_at + *last_len as u64 == at
             && *last_buf + *last_len == buf_at
@@ -102,14 +111,45 @@ pub(crate) enum Unit {
 }
 
 /// What remains to be done when all units are placed and all writes are done.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Finish {
     /// The length that the image file must have, where it is not just what was written.
     pub(crate) file_len: Option<u64>,
-    /// The same of the external data file.
-    pub(crate) data_len: Option<u64>,
+    /// The same of the other files: the external data file, or the extents.
+    pub(crate) other_lens: Vec<u64>,
     /// Goes to offset 0, after a barrier.
     pub(crate) header: Option<Vec<u8>>,
+    /// Makes the writes that depend on the bytes of the image file, which is whole but for these.
+    pub(crate) seal: Option<Seal>,
+}
+
+/// Reads the written file and gives the last writes.
+pub(crate) type Seal = Box<dyn FnOnce(&dyn Storage) -> Result<Vec<WriteOp>> + Send>;
+
+/// What stands around a packed payload, so that packed units follow each other in the buffer as they do in the file.
+#[derive(Clone, Copy)]
+pub(crate) struct Frame {
+    /// Bytes before the payload.
+    pub(crate) lead: usize,
+    /// A frame is filled up with zeros to a multiple of this.
+    pub(crate) align: usize,
+    /// The codec's level where the user names none.
+    pub(crate) level: i32,
+    /// Writes the lead of the unit at a guest offset, whose payload has so many bytes.
+    pub(crate) fill: fn(guest: u64, len: u32, lead: &mut [u8]),
+}
+
+impl Frame {
+    /// Room for the payload of a unit of `unit` bytes that cannot be shrunk (deflate adds five bytes for each stored
+    /// block of 5000 or more).
+    pub(crate) const fn payload_room(unit: usize) -> usize {
+        unit + unit / 64 + 64
+    }
+
+    /// Room for the whole frame.
+    pub(crate) const fn room(&self, unit: usize) -> usize {
+        self.lead + Self::payload_room(unit) + self.align
+    }
 }
 
 /// Every creatable format: lays out a fresh output by arithmetic alone.
@@ -127,6 +167,12 @@ pub(crate) trait Assembler: Send {
 
     /// The codec for packed units.
     fn codec(&self) -> Option<Codec> {
+        None
+    }
+
+    /// The frame of packed units, in a format in which each unit that is not zero must be packed. `Unit::Packed` then
+    /// speaks of the whole frame.
+    fn frame(&self) -> Option<Frame> {
         None
     }
 

@@ -56,7 +56,8 @@ impl Buffers {
         let fitting = usize::try_from(options.memory / each / per_worker).unwrap_or(usize::MAX);
         let workers = options.threads.unwrap_or(cpus).min(fitting).max(1);
         let scratch = if packs { workers as u64 } else { 0 };
-        let affordable = usize::try_from((options.memory / each).saturating_sub(scratch)).unwrap_or(usize::MAX);
+        let affordable =
+            usize::try_from((options.memory / each).saturating_sub(scratch)).unwrap_or(usize::MAX);
         let count = affordable.clamp(2, workers.saturating_mul(DEPTH + WAITING).max(2));
         Self {
             sizes,

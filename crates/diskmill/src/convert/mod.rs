@@ -7,8 +7,10 @@
 
 mod assembler;
 mod buffers;
+mod existing;
 mod monitor;
 mod options;
+mod pack;
 mod placer;
 mod planner;
 mod raw;
@@ -20,12 +22,13 @@ use std::time::Instant;
 
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
-pub(crate) use assembler::{Assembler, Finish, TargetFile, Unit, WriteOp};
+pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
 pub use monitor::Monitor;
 pub use options::{Compression, ConvertOptions, RawOptions, TargetFormat};
 
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::vmdk::VmdkStream;
 use buffers::Buffers;
 use placer::Placer;
 use planner::Planner;
@@ -38,6 +41,8 @@ pub enum Input<'a> {
     Images(&'a [Image]),
     /// Raw bytes up to the end of a pipe.
     Stream(PipeReader),
+    /// A streamOptimized VMDK from a pipe.
+    VmdkStream(Box<VmdkStream>),
 }
 
 impl<'a, T: AsRef<[Image]> + ?Sized> From<&'a T> for Input<'a> {
@@ -50,7 +55,7 @@ impl<'a, T: AsRef<[Image]> + ?Sized> From<&'a T> for Input<'a> {
 pub enum Output {
     /// A file or block device.
     Path(PathBuf),
-    /// A pipe; raw only.
+    /// A pipe; raw, and VMDK of subformat streamOptimized.
     Stream(PipeWriter),
 }
 
@@ -84,6 +89,8 @@ pub struct Summary {
     pub bytes_written: u64,
     /// Guest bytes that are zeros and were not written.
     pub bytes_zero: u64,
+    /// Guest bytes whose packed form was taken over from the source, checked but not packed anew.
+    pub bytes_passed: u64,
     /// The I/O engine that ran: `io_uring` or `sync`.
     pub engine: &'static str,
     /// Why that one.
@@ -115,23 +122,25 @@ pub fn convert<'a>(
     let size = match &input {
         Input::Images(images) => Some(total_size(images)?),
         Input::Stream(_) => None,
+        Input::VmdkStream(stream) => Some(stream.size()),
     };
     options.check(&output)?;
     let sources: &[Image] = match &input {
         Input::Images(images) => images,
-        Input::Stream(_) => &[],
+        Input::Stream(_) | Input::VmdkStream(_) => &[],
     };
     let target = Target::open(output, &mut options, sources, size)?;
-    let assembler = target.assembler(&options)?;
+    let assembler = target.assembler(&options, size)?;
     if let Some(size) = size {
         assembler.check_size(size)?;
     }
     monitor.start(size.unwrap_or(0));
 
     let wants_uring = options.direct || target.is_device() || sources.iter().any(is_on_device);
-    let plan = EnginePlan::probe(options.engine, wants_uring).map_err(|error| Error::io("cannot probe for io_uring", error))?;
+    let plan = EnginePlan::probe(options.engine, wants_uring)
+        .map_err(|error| Error::io("cannot probe for io_uring", error))?;
     let packer = options.packer(&*assembler)?;
-    let (subunit, whole_units) = (assembler.subunit(), assembler.whole_units());
+    let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
     let planner = Planner::new(input, &*assembler, &options)?;
     let buffers = Buffers::new(&planner, &options, packer.is_some());
     let threads = buffers.workers();
@@ -143,6 +152,9 @@ pub fn convert<'a>(
         buffers,
         sources,
         packer,
+        pass_packed: !options.recompress
+            && options.compress.is_none_or(|compression| compression.level.is_none()),
+        frame,
         subunit,
         whole_units,
         options: &options,
@@ -165,6 +177,7 @@ pub fn convert<'a>(
         Worker::new(&shared).run();
     });
     let (mut placer, size, bad) = shared.into_result()?;
+    let size = target.virtual_size(size);
     placer.finish(size, &options, monitor)?;
     drop(placer);
     target.publish(&options)?;
@@ -175,6 +188,7 @@ pub fn convert<'a>(
         bytes_read: monitor.bytes_read(),
         bytes_written: monitor.bytes_written(),
         bytes_zero: monitor.bytes_zero(),
+        bytes_passed: monitor.bytes_passed(),
         engine: plan.kind,
         engine_reason: plan.reason,
         threads,

@@ -8,6 +8,7 @@ pub struct Monitor {
     read: AtomicU64,
     written: AtomicU64,
     zero: AtomicU64,
+    passed: AtomicU64,
     cancelled: AtomicBool,
 }
 
@@ -51,6 +52,15 @@ impl Monitor {
     /// Guest bytes that are zeros and were not written.
     pub fn bytes_zero(&self) -> u64 {
         self.zero.load(Relaxed)
+    }
+
+    /// Guest bytes whose packed form was taken over from the source.
+    pub fn bytes_passed(&self) -> u64 {
+        self.passed.load(Relaxed)
+    }
+
+    pub(super) fn add_passed(&self, bytes: u64) {
+        self.passed.fetch_add(bytes, Relaxed);
     }
 
     pub(crate) fn start(&self, total: u64) {

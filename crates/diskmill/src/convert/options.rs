@@ -4,6 +4,7 @@ use diskmill_io::EngineChoice;
 use super::{Assembler, Output};
 use crate::error::{Error, Result};
 use crate::qcow2::{Preallocation, Qcow2Options};
+use crate::vmdk::{Subformat, VmdkOptions};
 
 /// The format of the output, with its options.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +14,10 @@ pub enum TargetFormat {
     Raw(RawOptions),
     /// qcow2.
     Qcow2(Qcow2Options),
+    /// VMDK.
+    Vmdk(VmdkOptions),
+    /// An OVA with one virtual machine that has the disk as streamOptimized VMDK.
+    Ova(VmdkOptions),
 }
 
 /// Options of a raw output.
@@ -29,13 +34,19 @@ impl RawOptions {
     /// [`Kind::Invalid`](crate::Kind::Invalid) for a bad value or an unknown name.
     pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
         match (name, value) {
-            ("preallocation", "metadata") => Err(Error::invalid("preallocation=metadata of a raw image").hint("off, falloc or full")),
+            ("preallocation", "metadata") => {
+                Err(Error::invalid("preallocation=metadata of a raw image").hint("off, falloc or full"))
+            }
             ("preallocation", value) => {
                 self.preallocation = value.parse()?;
                 Ok(())
             }
-            ("size", _) => Err(Error::unsupported("the option size in a conversion (the source has its size)")),
-            (other, _) => Err(Error::invalid(format!("raw has no option {other:?}")).hint("it has preallocation")),
+            ("size", _) => {
+                Err(Error::unsupported("the option size in a conversion (the source has its size)"))
+            }
+            (other, _) => {
+                Err(Error::invalid(format!("raw has no option {other:?}")).hint("it has preallocation"))
+            }
         }
     }
 }
@@ -49,7 +60,12 @@ impl TargetFormat {
         match name {
             "raw" => Ok(Self::Raw(RawOptions::default())),
             "qcow2" => Ok(Self::Qcow2(Qcow2Options::default())),
-            other => Err(Error::unsupported(format!("the output format {other:?}")).hint("raw and qcow2 are")),
+            "vmdk" => Ok(Self::Vmdk(VmdkOptions::default())),
+            "ova" => {
+                Ok(Self::Ova(VmdkOptions { subformat: Subformat::StreamOptimized, ..VmdkOptions::default() }))
+            }
+            other => Err(Error::unsupported(format!("the output format {other:?}"))
+                .hint("raw, qcow2, vmdk and ova are")),
         }
     }
 
@@ -59,22 +75,41 @@ impl TargetFormat {
         match self {
             Self::Raw(_) => "raw",
             Self::Qcow2(_) => "qcow2",
+            Self::Vmdk(_) => "vmdk",
+            Self::Ova(_) => "ova",
         }
     }
 
     /// Sets one option as it stands in an `-o` list.
     ///
     /// # Errors
-    /// As [`Qcow2Options::set`] and [`RawOptions::set`].
+    /// As [`Qcow2Options::set`], [`RawOptions::set`] and [`VmdkOptions::set`].
     pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
         match self {
             Self::Raw(options) => options.set(name, value),
             Self::Qcow2(options) => options.set(name, value),
+            Self::Ova(_) if name == "subformat" => {
+                Err(Error::invalid("the disk of an OVA is always streamOptimized"))
+            }
+            Self::Vmdk(options) | Self::Ova(options) => options.set(name, value),
         }
     }
 
     pub(super) fn is_stream_target(&self) -> bool {
-        matches!(self, Self::Raw(_))
+        match self {
+            Self::Raw(_) => true,
+            Self::Vmdk(options) => options.subformat == Subformat::StreamOptimized,
+            Self::Qcow2(_) | Self::Ova(_) => false,
+        }
+    }
+
+    /// Whether the output is to have a backing file.
+    pub(super) const fn has_backing_file(&self) -> bool {
+        match self {
+            Self::Raw(_) => false,
+            Self::Qcow2(options) => options.backing_file.is_some(),
+            Self::Vmdk(options) | Self::Ova(options) => options.backing_file.is_some(),
+        }
     }
 }
 
@@ -90,7 +125,7 @@ pub struct Compression {
 pub struct ConvertOptions {
     /// The format of the output.
     pub format: TargetFormat,
-    /// Pack the output (qcow2).
+    /// Pack the output (qcow2; streamOptimized VMDKs always are).
     pub compress: Option<Compression>,
     /// Runs of at least this many zero bytes are not written (`-S`); rounded down to a power of two of at least 512. 0
     /// looks for no zeros and allocates everything. 4096 by default, as in qemu-img.
@@ -112,6 +147,9 @@ pub struct ConvertOptions {
     pub sync: bool,
     /// Fill what cannot be read with zeros, and go on.
     pub salvage: bool,
+    /// Pack everything anew, even what the source has packed in a way that the output can take over. A level in
+    /// [`compress`](Self::compress) does the same.
+    pub recompress: bool,
 }
 
 impl Default for ConvertOptions {
@@ -128,6 +166,7 @@ impl Default for ConvertOptions {
             direct: false,
             sync: false,
             salvage: false,
+            recompress: false,
         }
     }
 }
@@ -137,9 +176,12 @@ impl ConvertOptions {
     pub(super) fn check(&mut self, output: &Output) -> Result<()> {
         let compress = self.compress.is_some();
         match &mut self.format {
-            TargetFormat::Raw(_) if compress => return Err(Error::invalid("raw images cannot be compressed")),
+            TargetFormat::Raw(_) if compress => {
+                return Err(Error::invalid("raw images cannot be compressed"));
+            }
             TargetFormat::Raw(_) => {}
             TargetFormat::Qcow2(options) => options.check(compress)?,
+            TargetFormat::Vmdk(options) | TargetFormat::Ova(options) => options.check(compress)?,
         }
         if let Some(Compression { level: Some(level) }) = self.compress {
             let codec = self.codec();
@@ -151,10 +193,14 @@ impl ConvertOptions {
         }
         if matches!(output, Output::Stream(_)) && !self.format.is_stream_target() {
             let name = self.format.name();
-            return Err(Error::unsupported(format!("writing {name} to a pipe")).hint("its header is written last; raw is supported"));
+            return Err(Error::unsupported(format!("writing {name} to a pipe")).hint(
+                "its header is written last; raw and subformat=streamOptimized of vmdk are supported",
+            ));
         }
         if self.target_is_zero && self.create {
-            return Err(Error::invalid("target-is-zero speaks of an existing target").hint("add -n (--no-create)"));
+            return Err(
+                Error::invalid("target-is-zero speaks of an existing target").hint("add -n (--no-create)")
+            );
         }
         if self.threads == Some(0) {
             return Err(Error::invalid("0 threads"));
@@ -164,7 +210,9 @@ impl ConvertOptions {
 
     fn codec(&self) -> Codec {
         match &self.format {
-            TargetFormat::Qcow2(options) if options.compression == diskmill_format::qcow2::CompressionType::Zstd => {
+            TargetFormat::Qcow2(options)
+                if options.compression == diskmill_format::qcow2::CompressionType::Zstd =>
+            {
                 Codec::Zstd
             }
             _ => Codec::Deflate,
@@ -173,8 +221,12 @@ impl ConvertOptions {
 
     /// Codec and level of the output's units, tried once so that workers cannot fail to make it for its level.
     pub(super) fn packer(&self, assembler: &dyn Assembler) -> Result<Option<(Codec, i32)>> {
-        let (Some(Compression { level }), Some(codec)) = (self.compress, assembler.codec()) else { return Ok(None) };
-        let level = level.unwrap_or(default_level(codec));
+        let frame = assembler.frame();
+        let always = frame.map(|_| Compression::default());
+        let (Some(Compression { level }), Some(codec)) = (self.compress.or(always), assembler.codec()) else {
+            return Ok(None);
+        };
+        let level = level.unwrap_or(frame.map_or(default_level(codec), |frame| frame.level));
         Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
         Ok(Some((codec, level)))
     }

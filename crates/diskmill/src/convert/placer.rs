@@ -72,7 +72,10 @@ impl<'a> Placer<'a> {
         let mut state = self.lock();
         if state.ordered {
             state.waiting.insert(seq, filled);
-            while let Some(filled) = { let next = state.next; state.waiting.remove(&next) } {
+            while let Some(filled) = {
+                let next = state.next;
+                state.waiting.remove(&next)
+            } {
                 state.next += 1;
                 state.place(filled, monitor)?;
             }

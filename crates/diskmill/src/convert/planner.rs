@@ -2,13 +2,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use diskmill_codec::Codec;
-use diskmill_io::{Buf, PipeReader, Piece};
+use diskmill_io::{Buf, Piece, PipeReader};
 
 use super::buffers::Sizes;
-use super::{Assembler, BadRange, ConvertOptions, Input, TargetFormat};
+use super::{Assembler, BadRange, ConvertOptions, Input};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{Extent, MapError, Source};
+use crate::vmdk::VmdkStream;
 
 /// Guest bytes of a job, unless units are larger. Small enough that a job's bytes stay in the processor's cache from
 /// the read to the write, large enough that system calls do not count.
@@ -93,6 +94,7 @@ pub(super) struct Planner<'a> {
 enum SourceWalk<'a> {
     Images(ImageWalk<'a>),
     Stream { pipe: PipeReader, at: u64, ended: bool },
+    Vmdk { stream: Box<VmdkStream>, at: u64 },
 }
 
 struct ImageWalk<'a> {
@@ -109,28 +111,44 @@ struct ImageWalk<'a> {
 
 impl<'a> Planner<'a> {
     pub(super) fn new(input: Input<'a>, assembler: &dyn Assembler, options: &ConvertOptions) -> Result<Self> {
-        let backed = matches!(&options.format, TargetFormat::Qcow2(qcow2) if qcow2.backing_file.is_some());
+        // An existing target's backing file (-n) need not have anything to do with the source's.
+        let backed = options.create && options.format.has_backing_file();
         let packed_unit = match &input {
             Input::Images(images) => images.iter().map(Image::packed_unit).max().unwrap_or(0),
             Input::Stream(_) => 0,
+            Input::VmdkStream(stream) => stream.grain_bytes(),
         };
         let unit = assembler.unit();
         let job = JOB.max(unit).max(packed_unit);
         let source = match input {
             Input::Stream(pipe) => SourceWalk::Stream { pipe, at: 0, ended: false },
+            Input::VmdkStream(stream) => SourceWalk::Vmdk { stream, at: 0 },
             Input::Images(images) => {
                 let mut total = 0u64;
                 let mut placed = Vec::with_capacity(images.len());
                 for image in images {
                     placed.push((total, image));
-                    total = total.checked_add(image.size()).ok_or_else(|| Error::invalid("the sources are too large"))?;
+                    total = total
+                        .checked_add(image.size())
+                        .ok_or_else(|| Error::invalid("the sources are too large"))?;
                 }
                 let salvage = options.salvage;
-                SourceWalk::Images(ImageWalk { images: placed, at: 0, total, backed, salvage, last: None, bad: Vec::new() })
+                SourceWalk::Images(ImageWalk {
+                    images: placed,
+                    at: 0,
+                    total,
+                    backed,
+                    salvage,
+                    last: None,
+                    bad: Vec::new(),
+                })
             }
         };
         // Payloads may be up to twice their unit, and the first and last may stand for a part of it only.
         let packed = if packed_unit == 0 { 0 } else { 2 * job + 4 * packed_unit };
+        // What is packed goes into a buffer of the same size, and frames may be larger than their units.
+        let framed = assembler.frame().map_or(0, |frame| job / unit * frame.room(unit as usize) as u64);
+        let packed = packed.max(framed.saturating_sub(job));
         let sizes = Sizes { unit, job, packed };
         Ok(Self { source, next_seq: 0, sizes, allocate_all: options.granule() == 0 })
     }
@@ -144,6 +162,7 @@ impl<'a> Planner<'a> {
         let found = match &mut self.source {
             SourceWalk::Images(walk) => walk.next(&self.sizes, self.allocate_all)?,
             SourceWalk::Stream { pipe, at, ended } => Self::load(pipe, at, ended, buf, self.sizes.job)?,
+            SourceWalk::Vmdk { stream, at } => load_grains(stream, at, buf, &self.sizes, self.allocate_all)?,
         };
         Ok(found.map(|(guest, work)| {
             let seq = self.next_seq;
@@ -174,7 +193,9 @@ impl<'a> Planner<'a> {
             pad.fill(0);
         }
         let start = *at;
-        *at = start.checked_add(len as u64).ok_or_else(|| Error::invalid("the pipe's data is larger than a disk can be"))?;
+        *at = start
+            .checked_add(len as u64)
+            .ok_or_else(|| Error::invalid("the pipe's data is larger than a disk can be"))?;
         Ok(Some((start..*at, Work::Loaded)))
     }
 
@@ -183,6 +204,7 @@ impl<'a> Planner<'a> {
         match self.source {
             SourceWalk::Images(walk) => (walk.total, walk.bad),
             SourceWalk::Stream { at, .. } => (at, Vec::new()),
+            SourceWalk::Vmdk { stream, .. } => (stream.size(), Vec::new()),
         }
     }
 }
@@ -266,7 +288,7 @@ impl ImageWalk<'_> {
         let capacity = (sizes.job + sizes.packed) as usize;
         while self.at < limit {
             let at = self.at;
-            let aligned = at % sizes.unit == 0;
+            let aligned = at.is_multiple_of(sizes.unit);
             if at > start && aligned && self.class_at(at, allocate_all)? != Class::Data {
                 // A long run ends the job; a short one is cheaper filled in than sent around.
                 let class = self.class_at(at, allocate_all)?;
@@ -325,7 +347,12 @@ struct Wanted {
 impl Job {
     /// Room in the buffer for a payload: in a piece that reads it already, at the end of the last piece if the
     /// payload follows it in the file, or in a piece of its own. `None` if the buffer is full.
-    fn add_payload(&mut self, wanted: Wanted, end: &mut usize, capacity: usize) -> Option<(usize, Range<usize>)> {
+    fn add_payload(
+        &mut self,
+        wanted: Wanted,
+        end: &mut usize,
+        capacity: usize,
+    ) -> Option<(usize, Range<usize>)> {
         let Wanted { file, at, len } = wanted;
         for &index in self.payload_pieces.iter().rev().take(RECENT) {
             let piece = self.pieces.get_mut(index)?;
@@ -354,4 +381,56 @@ impl Job {
         self.pieces.push(Piece { file, at, buf_at: from, len });
         Some((self.pieces.len() - 1, from..from + len))
     }
+}
+
+/// The next job of a stream: the payloads of its grains are read into the buffer here, and unpacked by the worker.
+fn load_grains(
+    stream: &mut VmdkStream,
+    at: &mut u64,
+    buf: &mut Buf,
+    sizes: &Sizes,
+    allocate_all: bool,
+) -> Result<Option<(Range<u64>, Work)>> {
+    let (start, total) = (*at, stream.size());
+    if start >= total {
+        return Ok(None);
+    }
+    let next = stream.next_guest().unwrap_or(total);
+    let gap = next - next % sizes.job;
+    if !allocate_all && (next >= total || gap > start) {
+        *at = if next >= total { total } else { gap }.min(start.saturating_add(ZERO_STEP));
+        return Ok(Some((start..*at, Work::Zero)));
+    }
+    let end = start.saturating_add(sizes.job).min(total);
+    *at = end;
+    buf.set_len(buf.capacity());
+    let mut job = Job::default();
+    let (mut filled, mut room) = (start, sizes.job as usize);
+    while stream.next_guest().is_some_and(|guest| guest < end) {
+        let rest = buf.get_mut(room..).unwrap_or_default();
+        let Some(payload) = stream.take(rest)? else {
+            return Err(Error::invalid("no room for the grains of a job"));
+        };
+        let dst = (payload.guest - start) as usize..(payload.guest - start) as usize + payload.used;
+        if payload.guest > filled {
+            job.fills.push((filled - start) as usize..dst.start);
+        }
+        filled = payload.guest + payload.used as u64;
+        job.packed.push(PackedPart {
+            piece: 0,
+            payload: room..room + payload.len,
+            host: payload.host,
+            image: 0,
+            unit: payload.unit,
+            skip: 0,
+            codec: Codec::Zlib,
+            dst,
+        });
+        room += payload.len;
+    }
+    if filled < end {
+        job.fills.push((filled - start) as usize..(end - start) as usize);
+    }
+    job.buf_len = room;
+    Ok(Some((start..end, Work::Read(job))))
 }

@@ -1,24 +1,35 @@
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage};
+use diskmill_io::{
+    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage,
+};
 
 use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
+use super::existing::adopt_qcow2;
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, TargetFormat};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions, resolve};
+use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
+use crate::probe::Format;
 use crate::qcow2::{Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::vmdk::VmdkOptions;
 
 /// The output's files.
 pub(super) struct Target {
     main: Main,
-    data: Option<(SharedStorage, PendingFile)>,
+    /// The external data file, or the extents of a VMDK.
+    others: Vec<(SharedStorage, PendingFile)>,
     path: PathBuf,
     /// Old bytes may be there.
     dirty: bool,
+    /// The disk's size is at least this: that of the image that is being filled.
+    least_size: u64,
     /// Held until the output has its name, so that nobody begins to use the old file meanwhile.
     _lock: Option<ImageLock>,
 }
@@ -38,79 +49,140 @@ struct Stream {
 
 impl Target {
     /// Opens or makes the output for a disk of `size` bytes (`None`: not known yet).
-    pub(super) fn open(output: Output, options: &mut ConvertOptions, sources: &[Image], size: Option<u64>) -> Result<Self> {
+    pub(super) fn open(
+        output: Output,
+        options: &mut ConvertOptions,
+        sources: &[Image],
+        size: Option<u64>,
+    ) -> Result<Self> {
         let path = match output {
             Output::Path(path) => path,
             Output::Stream(pipe) => {
                 let main = Main::Stream(Mutex::new(Stream { pipe, at: 0 }));
-                return Ok(Self { main, data: None, path: PathBuf::from("-"), dirty: false, _lock: None });
+                return Ok(Self {
+                    main,
+                    others: Vec::new(),
+                    path: PathBuf::from("-"),
+                    dirty: false,
+                    least_size: 0,
+                    _lock: None,
+                });
             }
         };
         let target = Self::open_path(path.clone(), options, sources, size);
         target.map_err(|error| error.of(&path))
     }
 
-    fn open_path(path: PathBuf, options: &mut ConvertOptions, sources: &[Image], size: Option<u64>) -> Result<Self> {
+    fn open_path(
+        path: PathBuf,
+        options: &mut ConvertOptions,
+        sources: &[Image],
+        size: Option<u64>,
+    ) -> Result<Self> {
         let meta = std::fs::metadata(&path).ok();
         refuse_source(meta.as_ref(), sources)?;
         let device = meta.as_ref().is_some_and(|meta| meta.file_type().is_block_device());
-        if !options.create && !matches!(options.format, TargetFormat::Raw(_)) {
-            let name = options.format.name();
-            return Err(Error::unsupported(format!("filling an existing {name} image (-n)")).hint("leave -n out to make a fresh one; -n works with raw"));
+        let mut least_size = 0;
+        match &mut options.format {
+            TargetFormat::Qcow2(qcow2) if !options.create => {
+                least_size = adopt_qcow2(&path, qcow2)?;
+                fits(least_size, size)?;
+                qcow2.check(options.compress.is_some())?;
+            }
+            TargetFormat::Qcow2(qcow2) => check_backing(qcow2, &path, sources)?,
+            TargetFormat::Raw(_) => {}
+            TargetFormat::Vmdk(_) | TargetFormat::Ova(_) if device || !options.create => {
+                let (name, what) = (
+                    options.format.name(),
+                    if device { "to a device" } else { "into an existing file (-n)" },
+                );
+                return Err(Error::unsupported(format!("writing {name} {what}")));
+            }
+            TargetFormat::Vmdk(vmdk) | TargetFormat::Ova(vmdk) => check_parent(vmdk, &path, sources)?,
         }
-        if let TargetFormat::Qcow2(qcow2) = &mut options.format {
-            check_backing(qcow2, &path, sources)?;
-        }
-        if device || !options.create {
-            return Self::existing(path, options, size);
+        if device || (!options.create && matches!(options.format, TargetFormat::Raw(_))) {
+            return Self::existing(path, options, size, least_size);
         }
         let lock = match &meta {
             Some(meta) if meta.is_file() => lock_old(&path)?,
             _ => None,
         };
         let create = |path: &Path| {
-            PendingFile::create_with(path, options.direct).map_err(|error| Error::io("cannot create", error).of(path))
+            PendingFile::create_with(path, options.direct)
+                .map_err(|error| Error::io("cannot create", error).of(path))
         };
         let pending = create(&path)?;
-        let data = match &options.format {
+        let mut others = Vec::new();
+        match &options.format {
             TargetFormat::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
                 let data = resolve(name.as_bytes(), &path, "external data file")?;
-                if std::fs::metadata(&data).is_ok_and(|data| meta.as_ref().is_some_and(|meta| same(meta, &data))) || data == path {
+                if std::fs::metadata(&data)
+                    .is_ok_and(|data| meta.as_ref().is_some_and(|meta| same(meta, &data)))
+                    || data == path
+                {
                     return Err(Error::invalid("the external data file and the image are one file"));
                 }
                 refuse_source(std::fs::metadata(&data).ok().as_ref(), sources)?;
                 let pending = create(&data)?;
-                Some((pending.storage(), pending))
+                others.push((pending.storage(), pending));
             }
-            _ => None,
-        };
+            TargetFormat::Vmdk(vmdk) => {
+                for name in vmdk.extent_files(file_name(&path), size)? {
+                    let extent = path.with_file_name(OsStr::from_bytes(&name));
+                    refuse_source(std::fs::metadata(&extent).ok().as_ref(), sources)?;
+                    let pending = create(&extent)?;
+                    others.push((pending.storage(), pending));
+                }
+            }
+            _ => {}
+        }
         if let (TargetFormat::Raw(raw), Some(size)) = (&options.format, size.filter(|&size| size > 0))
             && raw.preallocation == Preallocation::Falloc
         {
-            pending.storage().allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;
+            pending
+                .storage()
+                .allocate(0, size)
+                .map_err(|error| Error::io("cannot reserve the space", error))?;
         }
-        Ok(Self { main: Main::Pending(pending.storage(), pending), data, path, dirty: false, _lock: lock })
+        Ok(Self {
+            main: Main::Pending(pending.storage(), pending),
+            others,
+            path,
+            dirty: false,
+            least_size,
+            _lock: lock,
+        })
     }
 
-    fn existing(path: PathBuf, options: &ConvertOptions, size: Option<u64>) -> Result<Self> {
+    fn existing(path: PathBuf, options: &ConvertOptions, size: Option<u64>, least_size: u64) -> Result<Self> {
         let how = OpenHow { read: true, write: true, create_new: false, direct: options.direct };
-        let storage = FileStorage::open(&path, &how).map_err(|error| Error::io("cannot open for writing", error))?;
+        let storage =
+            FileStorage::open(&path, &how).map_err(|error| Error::io("cannot open for writing", error))?;
         let storage: SharedStorage = Arc::new(storage);
         let lock = acquire(&storage)?;
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
-        if let Some(size) = size
-            && matches!(options.format, TargetFormat::Raw(_))
-            && len < size
-        {
-            return Err(Error::invalid(format!("the target has {len} bytes, and the source needs {size}")));
+        if matches!(options.format, TargetFormat::Raw(_)) {
+            fits(len, size)?;
         }
         let dirty = !options.target_is_zero;
-        Ok(Self { main: Main::Existing(storage), data: None, path, dirty, _lock: lock })
+        Ok(Self { main: Main::Existing(storage), others: Vec::new(), path, dirty, least_size, _lock: lock })
     }
 
     /// Lays out what this output is to hold.
-    pub(super) fn assembler(&self, options: &ConvertOptions) -> Result<Box<dyn Assembler>> {
+    pub(super) fn assembler(
+        &self,
+        options: &ConvertOptions,
+        size: Option<u64>,
+    ) -> Result<Box<dyn Assembler>> {
+        // Without zero detection the unit of plain formats only matters for alignment.
+        let granule = match options.granule() {
+            0 => 64 << 10,
+            granule => granule,
+        };
+        let name = (!self.is_stream()).then(|| file_name(&self.path));
         Ok(match &options.format {
+            TargetFormat::Vmdk(vmdk) => vmdk.assembler(name, size, granule)?,
+            TargetFormat::Ova(vmdk) => crate::ova::assembler(vmdk.clone(), &self.path, size)?,
             TargetFormat::Qcow2(qcow2) => Box::new(Qcow2Assembler::new(qcow2.clone(), self.dirty)?),
             TargetFormat::Raw(raw) => {
                 let zeros = match &self.main {
@@ -118,12 +190,7 @@ impl Target {
                     Main::Existing(_) if self.dirty => RawZeros::Clear,
                     _ => RawAssembler::zeros_for(raw.preallocation),
                 };
-                // Without zero detection the unit only matters for alignment.
-                let unit = match options.granule() {
-                    0 => 64 << 10,
-                    granule => granule,
-                };
-                Box::new(RawAssembler::new(unit.min(1 << 20), zeros, self.is_stream()))
+                Box::new(RawAssembler::new(granule.min(1 << 20), zeros, self.is_stream()))
             }
         })
     }
@@ -138,11 +205,14 @@ impl Target {
 
     /// The storage of one of the files, for engines.
     pub(super) fn file(&self, file: TargetFile) -> Result<SharedStorage> {
-        match (file, &self.main, &self.data) {
-            (TargetFile::Data, _, Some((storage, _))) => Ok(Arc::clone(storage)),
-            (TargetFile::Main, Main::Pending(storage, _) | Main::Existing(storage), _) => Ok(Arc::clone(storage)),
-            _ => Err(Error::invalid("a file that the output does not have")),
-        }
+        let other = |index| self.others.get(index).map(|(storage, _)| storage);
+        let found = match (file, &self.main) {
+            (TargetFile::Data, _) => other(0),
+            (TargetFile::Extent(index), _) => other(index as usize),
+            (TargetFile::Main, Main::Pending(storage, _) | Main::Existing(storage)) => Some(storage),
+            (TargetFile::Main, Main::Stream(_)) => None,
+        };
+        found.cloned().ok_or_else(|| Error::invalid("a file that the output does not have"))
     }
 
     pub(super) fn write_error(&self, at: u64, error: std::io::Error) -> Error {
@@ -166,7 +236,9 @@ impl Target {
         let storage = self.file(op.file)?;
         let failed = |error| self.write_error(op.at, error);
         match &op.what {
-            WriteWhat::Zeroes { len, written: false } => storage.write_zeroes(op.at, *len, false).map_err(failed),
+            WriteWhat::Zeroes { len, written: false } => {
+                storage.write_zeroes(op.at, *len, false).map_err(failed)
+            }
             WriteWhat::Zeroes { len, written: true } => {
                 let zeros = vec![0; (*len).min(1 << 20) as usize];
                 let mut left = *len;
@@ -191,14 +263,21 @@ impl Target {
 
     /// Brings the files to their lengths and writes the header, which makes the output an image.
     pub(super) fn complete(&self, finish: Finish, options: &ConvertOptions, monitor: &Monitor) -> Result<()> {
-        let Finish { file_len, data_len, header } = finish;
+        let Finish { file_len, other_lens, header, seal } = finish;
         if let (Main::Pending(storage, _), Some(len)) = (&self.main, file_len) {
             storage.set_len(len).map_err(|error| self.write_error(len, error))?;
         }
-        if let (Some((storage, _)), Some(len)) = (&self.data, data_len) {
+        for ((storage, _), len) in self.others.iter().zip(other_lens) {
             storage.set_len(len).map_err(|error| self.write_error(len, error))?;
         }
-        let barrier = |storage: &SharedStorage| storage.sync().map_err(|error| Error::io("cannot flush", error).of(&self.path));
+        if let (Main::Pending(storage, _), Some(seal)) = (&self.main, seal) {
+            for op in seal(&**storage)? {
+                self.write(&op, &[], monitor)?;
+            }
+        }
+        let barrier = |storage: &SharedStorage| {
+            storage.sync().map_err(|error| Error::io("cannot flush", error).of(&self.path))
+        };
         match &self.main {
             Main::Existing(storage) => {
                 // Here the header is what makes old bytes an image: never before what it points to.
@@ -217,15 +296,22 @@ impl Target {
         Ok(())
     }
 
+    /// The virtual size of an output that was made from `size` bytes.
+    pub(super) fn virtual_size(&self, size: u64) -> u64 {
+        size.max(self.least_size)
+    }
+
     /// Gives new files their names.
     pub(super) fn publish(self, options: &ConvertOptions) -> Result<()> {
-        let Self { main, data, path, .. } = self;
-        // The data file first: an image must not name one that is not there.
-        for pending in data.map(|(_, pending)| pending).into_iter().chain(match main {
+        let Self { main, others, path, .. } = self;
+        // The image itself last: it must not name a file that is not there.
+        for pending in others.into_iter().map(|(_, pending)| pending).chain(match main {
             Main::Pending(_, pending) => Some(pending),
             Main::Existing(_) | Main::Stream(_) => None,
         }) {
-            pending.publish(options.sync).map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
+            pending
+                .publish(options.sync)
+                .map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
         }
         Ok(())
     }
@@ -250,6 +336,16 @@ impl Stream {
         self.at += len;
         monitor.add_written(len);
         Ok(())
+    }
+}
+
+/// A target of `len` bytes takes a source of `size`, as far as that is known.
+fn fits(len: u64, size: Option<u64>) -> Result<()> {
+    match size {
+        Some(size) if size > len => {
+            Err(Error::invalid(format!("the target has {len} bytes, and the source needs {size}")))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -300,6 +396,37 @@ fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
         // Unreadable for us: whether it can be replaced is seen when that is tried.
         Err(_) => Ok(None),
     }
+}
+
+/// The last component of `path`, as bytes.
+fn file_name(path: &Path) -> &[u8] {
+    path.file_name().unwrap_or_default().as_bytes()
+}
+
+/// Finds the parent of a VMDK output, and writes down its CID.
+fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Result<()> {
+    let Some(name) = &options.backing_file else { return Ok(()) };
+    if sources.len() != 1 {
+        return Err(Error::invalid("an output with a backing file takes exactly one source image"));
+    }
+    let parent = resolve(name.as_bytes(), path, "backing file")?;
+    let open = OpenOptions {
+        format: Some(Format::Vmdk),
+        // The user named it, and only its CID is looked at.
+        policy: OpenPolicy { allow: Allow::Anything, paths: Vec::new() },
+        metadata_only: true,
+        ..OpenOptions::default()
+    };
+    let image = Image::open(&parent, &open)?;
+    let cid = match &image.info().specific {
+        FormatInfo::Vmdk(vmdk) => vmdk.descriptor.as_ref().and_then(|descriptor| descriptor.cid),
+        _ => None,
+    };
+    let no_cid = || {
+        Error::invalid("the backing file has no descriptor with a CID, so no delta can name it").of(&parent)
+    };
+    options.parent_cid = Some(cid.ok_or_else(no_cid)?);
+    Ok(())
 }
 
 /// Finds the backing file of the output, and writes down its format.

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use diskmill_codec::{Codec, Packer, Unpacker, is_zero};
 use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
 
-use super::assembler::{Unit, WriteWhat};
+use super::assembler::{Frame, Unit, WriteWhat};
 use super::buffers::{Buffers, Credit};
+use super::pack::{JobPacker, Pass};
 use super::placer::{Filled, FilledKind, Placer, WriteSet};
 use super::planner::{Item, Job, Planner, Work};
 use super::{BadRange, ConvertOptions, Monitor};
@@ -24,6 +25,9 @@ pub(super) struct Shared<'a> {
     pub(super) buffers: Buffers,
     pub(super) sources: &'a [Image],
     pub(super) packer: Option<(Codec, i32)>,
+    /// Payloads of the source may be passed on as they are.
+    pub(super) pass_packed: bool,
+    pub(super) frame: Option<Frame>,
     pub(super) subunit: u64,
     pub(super) whole_units: bool,
     pub(super) options: &'a ConvertOptions,
@@ -63,7 +67,7 @@ pub(super) struct Worker<'s, 'a> {
     shared: &'s Shared<'a>,
     engine: Box<dyn Engine>,
     unpacker: Unpacker,
-    packer: Option<Packer>,
+    packer: Option<(Codec, Packer)>,
     /// What units are packed into; takes the place of the buffer that goes to the placer.
     scratch: Option<Buf>,
     /// A unit of which the job needs only a part, and which it is: piece and position of its payload.
@@ -96,7 +100,8 @@ impl<'s, 'a> Worker<'s, 'a> {
 
     fn work(&mut self) -> Result<()> {
         if let Some((codec, level)) = self.shared.packer {
-            self.packer = Some(Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?);
+            let packer = Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
+            self.packer = Some((codec, packer));
             self.scratch = Some(self.buffer()?);
         }
         let mut done = Vec::new();
@@ -154,7 +159,7 @@ impl<'s, 'a> Worker<'s, 'a> {
                 }
                 Work::Loaded => {
                     self.shared.monitor.add_read(guest.end - guest.start);
-                    self.pass_on(seq, guest, buf)?;
+                    self.pass_on(seq, guest, buf, &[])?;
                 }
                 Work::Read(mut job) => {
                     buf.set_len(job.buf_len);
@@ -215,7 +220,9 @@ impl<'s, 'a> Worker<'s, 'a> {
         let job_len = self.shared.buffers.sizes().job as usize;
         let len = (guest.end - guest.start) as usize;
         {
-            let (area, _) = buf.split_at_mut_checked(job_len).ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
+            let (area, _) = buf
+                .split_at_mut_checked(job_len)
+                .ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
             for fill in &job.fills {
                 zero(area, fill.clone());
             }
@@ -226,7 +233,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             }
         }
         self.reread_payloads(&batch, &job, &bad_pieces, &mut buf);
-        self.unpack(&guest, &job, &mut buf)?;
+        let passes = self.unpack(&guest, &job, &mut buf)?;
         for (image, extent, dst) in &job.slow {
             let Some(source) = self.shared.sources.get(*image) else { continue };
             let Some(part) = buf.get_mut(dst.clone()) else { continue };
@@ -239,12 +246,16 @@ impl<'s, 'a> Worker<'s, 'a> {
             let whole = len.next_multiple_of(self.shared.buffers.sizes().unit as usize);
             zero(&mut buf, len..whole);
         }
-        self.pass_on(seq, guest, buf)
+        self.pass_on(seq, guest, buf, &passes)
     }
 
     fn read_error(&self, piece: &Piece, error: std::io::Error) -> Error {
         let error = if error.kind() == std::io::ErrorKind::UnexpectedEof {
-            Error::corrupt("guest data", Some(piece.at), "the file ends here: it is truncated, or shrank while it was read")
+            Error::corrupt(
+                "guest data",
+                Some(piece.at),
+                "the file ends here: it is truncated, or shrank while it was read",
+            )
         } else {
             Error::io(format!("cannot read {} bytes at offset {:#x}", piece.len, piece.at), error)
         };
@@ -301,18 +312,32 @@ impl<'s, 'a> Worker<'s, 'a> {
         }
     }
 
-    fn unpack(&mut self, guest: &Range<u64>, job: &Job, buf: &mut Buf) -> Result<()> {
+    /// Unpacks the job's payloads into the guest area. Returns those that may be passed on as they are.
+    fn unpack(&mut self, guest: &Range<u64>, job: &Job, buf: &mut Buf) -> Result<Vec<Pass>> {
         let job_len = self.shared.buffers.sizes().job as usize;
         self.partial.0 = None;
+        let unit_size = self.shared.buffers.sizes().unit as usize;
+        let mut passes = Vec::new();
         for part in &job.packed {
-            let (area, payloads) =
-                buf.split_at_mut_checked(job_len).ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
-            let payload = part.payload.start.checked_sub(job_len).and_then(|start| payloads.get(start..)?.get(..part.payload.len()));
+            let (area, payloads) = buf
+                .split_at_mut_checked(job_len)
+                .ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
+            let payload = part
+                .payload
+                .start
+                .checked_sub(job_len)
+                .and_then(|start| payloads.get(start..)?.get(..part.payload.len()));
             let (Some(payload), Some(dst)) = (payload, area.get_mut(part.dst.clone())) else {
                 return Err(Error::invalid("a payload outside its buffer"));
             };
             let unpacked = if part.skip == 0 && dst.len() == part.unit {
-                self.unpacker.unpack(part.codec, payload, dst)
+                self.unpacker.unpack(part.codec, payload, dst).map(|used| {
+                    let fits = part.unit == unit_size && part.dst.start.is_multiple_of(unit_size);
+                    if let Some(used) = used.filter(|_| fits && self.shared.pass_packed) {
+                        let payload = part.payload.start..part.payload.start + used;
+                        passes.push(Pass { at: part.dst.start, codec: part.codec, payload });
+                    }
+                })
             } else {
                 let (held, unit) = &mut self.partial;
                 let key = Some((part.piece, part.payload.start));
@@ -321,7 +346,7 @@ impl<'s, 'a> Worker<'s, 'a> {
                 } else {
                     *held = None;
                     unit.resize(part.unit, 0);
-                    self.unpacker.unpack(part.codec, payload, unit)
+                    self.unpacker.unpack(part.codec, payload, unit).map(|_| ())
                 };
                 if unpacked.is_ok() {
                     *held = key;
@@ -335,7 +360,12 @@ impl<'s, 'a> Worker<'s, 'a> {
             if let Err(error) = unpacked {
                 dst.fill(0);
                 let error = Error::corrupt("compressed cluster", Some(part.host), error.to_string());
-                let path = self.shared.sources.get(part.image).and_then(|image| image.chain().next()).map(|(path, _)| path);
+                let path = self
+                    .shared
+                    .sources
+                    .get(part.image)
+                    .and_then(|image| image.chain().next())
+                    .map(|(path, _)| path);
                 let error = match path {
                     Some(path) => error.of(path),
                     None => error,
@@ -343,11 +373,11 @@ impl<'s, 'a> Worker<'s, 'a> {
                 self.bad(guest, &part.dst, error)?;
             }
         }
-        Ok(())
+        Ok(passes)
     }
 
     /// Looks for zeros, packs, and leaves the result with the placer.
-    fn pass_on(&mut self, seq: u64, guest: Range<u64>, buf: Buf) -> Result<()> {
+    fn pass_on(&mut self, seq: u64, guest: Range<u64>, buf: Buf, passes: &[Pass]) -> Result<()> {
         let unit = self.shared.buffers.sizes().unit as usize;
         let len = (guest.end - guest.start) as usize;
         let filled = if self.shared.whole_units { len.next_multiple_of(unit) } else { len };
@@ -355,8 +385,11 @@ impl<'s, 'a> Worker<'s, 'a> {
         let scan = self.shared.options.granule() != 0;
         let mut units: Vec<Unit> = area.chunks(unit).map(|bytes| self.classify(bytes, scan)).collect();
         let buf = match (&mut self.packer, self.scratch.take()) {
-            (Some(packer), Some(mut scratch)) => {
-                pack(packer, area, unit, &mut units, &mut scratch)?;
+            (Some((codec, packer)), Some(mut scratch)) => {
+                let codec = *codec;
+                let mut packer =
+                    JobPacker { packer, codec, frame: self.shared.frame, unit, monitor: self.shared.monitor };
+                packer.pack(guest.start, &buf, filled, passes, &mut units, &mut scratch)?;
                 self.scratch = Some(buf);
                 scratch
             }
@@ -373,7 +406,11 @@ impl<'s, 'a> Worker<'s, 'a> {
         if subunit >= bytes.len() || self.packer.is_some() {
             return if is_zero(bytes) { Unit::Zero } else { Unit::Data { zero: 0 } };
         }
-        let zeros = bytes.chunks(subunit).map(is_zero).zip(0..32).fold(0u32, |mask, (zero, bit)| mask | u32::from(zero) << bit);
+        let zeros = bytes
+            .chunks(subunit)
+            .map(is_zero)
+            .zip(0..32)
+            .fold(0u32, |mask, (zero, bit)| mask | u32::from(zero) << bit);
         if zeros == u32::MAX { Unit::Zero } else { Unit::Data { zero: zeros } }
     }
 
@@ -398,7 +435,12 @@ impl<'s, 'a> Worker<'s, 'a> {
         for op in &ops {
             match op.what {
                 WriteWhat::Buf { at, len } => {
-                    pieces.push(Piece { file: shared.placer.target().file(op.file)?, at: op.at, buf_at: at, len });
+                    pieces.push(Piece {
+                        file: shared.placer.target().file(op.file)?,
+                        at: op.at,
+                        buf_at: at,
+                        len,
+                    });
                 }
                 _ => shared.placer.target().write(op, &[], shared.monitor)?,
             }
@@ -423,34 +465,4 @@ fn zero(bytes: &mut [u8], range: Range<usize>) {
     if let Some(part) = bytes.get_mut(range) {
         part.fill(0);
     }
-}
-
-/// Packs the units of `area` that are not zero one behind the other into `scratch`.
-fn pack(packer: &mut Packer, area: &[u8], unit: usize, units: &mut [Unit], scratch: &mut Buf) -> Result<()> {
-    scratch.set_len(scratch.capacity());
-    let mut end = 0;
-    for (bytes, state) in area.chunks(unit).zip(units) {
-        if *state == Unit::Zero {
-            continue;
-        }
-        let room = scratch.get_mut(end..).ok_or_else(|| Error::invalid("no room for packed units"))?;
-        // One byte less than the unit: what would not shrink is stored.
-        let most = bytes.len().saturating_sub(1);
-        let target = room.get_mut(..most).ok_or_else(|| Error::invalid("no room for packed units"))?;
-        let packed = packer.pack(bytes, target).map_err(|error| Error::invalid(error.to_string()))?;
-        let len = match packed {
-            Some(len) => {
-                *state = Unit::Packed { at: end, len: len as u32 };
-                len
-            }
-            None => {
-                let target = room.get_mut(..bytes.len()).ok_or_else(|| Error::invalid("no room for packed units"))?;
-                target.copy_from_slice(bytes);
-                *state = Unit::Stored { at: end };
-                bytes.len()
-            }
-        };
-        end += len;
-    }
-    Ok(())
 }

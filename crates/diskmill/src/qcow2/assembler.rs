@@ -119,7 +119,12 @@ impl Qcow2Assembler {
                     self.reserve(host.get() + u64::from(index) * sub, sub, out);
                 }
             }
-            return self.set_entry(guest, L2Codec::encode_standard(host), L2Codec::encode_bitmap(!zero, marked), out);
+            return self.set_entry(
+                guest,
+                L2Codec::encode_standard(host),
+                L2Codec::encode_bitmap(!zero, marked),
+                out,
+            );
         }
         WriteOp::push_buf(out, file, host.get(), buf_at, cluster as usize);
         self.set_entry(guest, L2Codec::encode_standard(host), L2Codec::encode_bitmap(u32::MAX, 0), out)
@@ -158,7 +163,8 @@ impl Qcow2Assembler {
         } else if self.dirty_target {
             out.push(WriteOp::zeroes(self.data_file(), host.get(), cluster, false));
         }
-        let bitmap = if backed { L2Codec::encode_bitmap(0, u32::MAX) } else { L2Codec::encode_bitmap(u32::MAX, 0) };
+        let bitmap =
+            if backed { L2Codec::encode_bitmap(0, u32::MAX) } else { L2Codec::encode_bitmap(u32::MAX, 0) };
         self.set_entry(guest, L2Codec::encode_standard(host), bitmap, out)
     }
 
@@ -175,10 +181,9 @@ impl Qcow2Assembler {
     fn place_packed(&mut self, guest: u64, buf_at: usize, len: usize, out: &mut Vec<WriteOp>) -> Result<()> {
         let host = self.packed_place(len as u64)?;
         WriteOp::push_buf(out, TargetFile::Main, host, buf_at, len);
-        let entry = self
-            .entries
-            .encode_compressed(HostOffset(host), len as u32)
-            .ok_or_else(|| Error::new(Kind::Limit, "a compressed cluster lies where its entry cannot point"))?;
+        let entry = self.entries.encode_compressed(HostOffset(host), len as u32).ok_or_else(|| {
+            Error::new(Kind::Limit, "a compressed cluster lies where its entry cannot point")
+        })?;
         self.set_entry(guest, entry, 0, out)
     }
 
@@ -190,7 +195,8 @@ impl Qcow2Assembler {
             let room = at.next_multiple_of(cluster) - at;
             let open = at - at % cluster;
             // An open cluster whose count is written or at its maximum takes no more.
-            let shareable = room > 0 && self.refcounts.get(open).is_some_and(|count| count < self.refcounts.max());
+            let shareable =
+                room > 0 && self.refcounts.get(open).is_some_and(|count| count < self.refcounts.max());
             // What does not fit goes on in the next cluster, if that is the next free one.
             let goes_on = at.next_multiple_of(cluster) == self.refcounts.end();
             if shareable && (len <= room || goes_on) {
@@ -331,13 +337,20 @@ impl Assembler for Qcow2Assembler {
         let mut l1 = std::mem::take(&mut self.l1);
         l1.resize(self.geometry.l1_entries(size) as usize, 0);
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        let clusters = (bytes.len() as u64).div_ceil(self.cluster()).max(1);
+        // An empty disk has no L1 table, and a cluster for it would be a leak.
+        let clusters = (bytes.len() as u64).div_ceil(self.cluster());
         bytes.resize((clusters * self.cluster()) as usize, 0);
         let l1_at = self.refcounts.take(clusters)?;
         out.push(WriteOp::bytes(l1_at.get(), bytes));
-        let (table, table_clusters) = self.refcounts.finish(out, Limits::default().qcow2_refcount_table_bytes)?;
+        let (table, table_clusters) =
+            self.refcounts.finish(out, Limits::default().qcow2_refcount_table_bytes)?;
         let header = self.header(size, l1_at, table, table_clusters)?;
-        let data_len = self.external().then_some(size);
-        Ok(Finish { file_len: Some(self.refcounts.end()), data_len, header: Some(header) })
+        let other_lens = self.external().then_some(size).into_iter().collect();
+        Ok(Finish {
+            file_len: Some(self.refcounts.end()),
+            other_lens,
+            header: Some(header),
+            ..Finish::default()
+        })
     }
 }

@@ -42,8 +42,19 @@ impl Qcow2Layout {
                 (snapshot.l1_offset.get(), snapshot.l1_size, snapshot.disk_size.unwrap_or(header.size))
             }
         };
-        if l1_offset % geometry.cluster_size() != 0 || u64::from(l1_size) < geometry.l1_entries(size) {
-            return Err(Error::corrupt("L1 table", Some(l1_offset), "it is misaligned, or smaller than the disk needs"));
+        // The header's own values are checked where it is parsed; a snapshot's are not.
+        if l1_offset % geometry.cluster_size() != 0
+            || l1_offset >> 56 != 0
+            || u64::from(l1_size) < geometry.l1_entries(size)
+        {
+            return Err(Error::corrupt(
+                "L1 table",
+                Some(l1_offset),
+                "it is misaligned, beyond 2^56, or smaller than the disk needs",
+            ));
+        }
+        if size > i64::MAX as u64 {
+            return Err(Error::new(Kind::Limit, format!("a snapshot with a virtual size of {size} bytes")));
         }
         let info = ImageInfo {
             format: Format::Qcow2,
@@ -53,6 +64,7 @@ impl Qcow2Layout {
             backing_name: read.area.backing_name.as_deref().map(lossy),
             backing_path: None,
             backing_format: read.area.extensions.backing_format.as_deref().map(lossy),
+            warnings: Vec::new(),
             specific: FormatInfo::Raw,
         };
         let (file, image_id, image_len) = files.image;
@@ -79,10 +91,9 @@ impl Qcow2Layout {
             let byte = (index + count) * 8;
             let slice_at = byte / SLICE * SLICE;
             let whole = self.geometry.l1_entries(self.info.virtual_size) * 8;
-            let slice = self
-                .tables
-                .slice(self.l1_offset + slice_at, SLICE.min(whole - slice_at))
-                .map_err(|error| self.damaged(error, "L1 table".to_owned(), self.l1_offset, self.geometry.l2_span()))?;
+            let slice = self.tables.slice(self.l1_offset + slice_at, SLICE.min(whole - slice_at)).map_err(
+                |error| self.damaged(error, "L1 table".to_owned(), self.l1_offset, self.geometry.l2_span()),
+            )?;
             let (entries, _) = slice.as_chunks::<8>();
             for raw in entries.iter().skip(((byte - slice_at) / 8) as usize) {
                 let raw = u64::from_be_bytes(*raw);
@@ -92,7 +103,12 @@ impl Qcow2Layout {
                     Err(why) if count == 0 => {
                         let error = Error::new(Kind::Corrupt, why);
                         let structure = format!("L1 table, entry {index}");
-                        return Err(self.damaged(error, structure, self.l1_offset + byte, self.geometry.l2_span()));
+                        return Err(self.damaged(
+                            error,
+                            structure,
+                            self.l1_offset + byte,
+                            self.geometry.l2_span(),
+                        ));
                     }
                     Ok(L1Entry::Table(_)) | Err(_) => return Ok(L1Run::None(count)),
                 }
@@ -152,7 +168,8 @@ impl Qcow2Layout {
                 let source = match (here, host) {
                     ((1, _), Some(host)) => LayerSource::Data(Source::Raw { file, at: host_at(host) }),
                     ((_, 1), host) => LayerSource::Zero(host.map(|host| (file, host_at(host)))),
-                    _ => LayerSource::Unallocated,
+                    (_, Some(host)) => LayerSource::Reserved((file, host_at(host))),
+                    (_, None) => LayerSource::Unallocated,
                 };
                 LayerExtent { len: u64::from(end) * sub - within, source }
             }
@@ -171,7 +188,9 @@ impl Qcow2Layout {
             let what = if packed { "a compressed cluster" } else { "a cluster" };
             let error = Error::new(
                 Kind::Corrupt,
-                format!("it points to {what} at {at}, past the end of the file ({file_len} bytes): the image is truncated"),
+                format!(
+                    "it points to {what} at {at}, past the end of the file ({file_len} bytes): the image is truncated"
+                ),
             );
             let structure = format!("L2 table {l1_index}, entry {index}");
             return Err(MapError { error: error.within(structure, at.get()), len: extent.len });
@@ -195,11 +214,14 @@ enum L1Run {
 /// Whether `next` goes on where the run `source` of `len` bytes ends.
 fn continues(source: LayerSource, len: u64, next: LayerSource) -> bool {
     match (source, next) {
-        (LayerSource::Unallocated, LayerSource::Unallocated) | (LayerSource::Zero(None), LayerSource::Zero(None)) => true,
+        (LayerSource::Unallocated, LayerSource::Unallocated)
+        | (LayerSource::Zero(None), LayerSource::Zero(None)) => true,
         (LayerSource::Zero(Some((file, a))), LayerSource::Zero(Some((other, b))))
-        | (LayerSource::Data(Source::Raw { file, at: a }), LayerSource::Data(Source::Raw { file: other, at: b })) => {
-            file == other && a.get().checked_add(len) == Some(b.get())
-        }
+        | (LayerSource::Reserved((file, a)), LayerSource::Reserved((other, b)))
+        | (
+            LayerSource::Data(Source::Raw { file, at: a }),
+            LayerSource::Data(Source::Raw { file: other, at: b }),
+        ) => file == other && a.get().checked_add(len) == Some(b.get()),
         _ => false,
     }
 }
@@ -235,7 +257,7 @@ impl Layout for Qcow2Layout {
             return Ok(LayerExtent { len: run.len.min(max), ..run });
         }
         // Goes on over further clusters of the same table, as long as each continues the run to its own end.
-        while run.len < max && run.len >= first.len && (within + run.len) % cluster_size == 0 {
+        while run.len < max && run.len >= first.len && (within + run.len).is_multiple_of(cluster_size) {
             index += 1;
             if index >= geometry.l2_entries() {
                 break;
@@ -249,5 +271,66 @@ impl Layout for Qcow2Layout {
             run.len += next.len;
         }
         Ok(LayerExtent { len: run.len.min(max), ..run })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use diskmill_format::qcow2::{CryptMethod, Extensions, Header, HeaderArea, RefcountWidth};
+    use diskmill_io::MemoryStorage;
+
+    use super::*;
+    use crate::{Image, OpenOptions, SnapshotRef};
+
+    /// Opens the one snapshot of an image whose snapshot table has these fields.
+    fn open_snapshot(cluster_bits: u32, l1_offset: u64, l1_size: u32, disk_size: u64) -> Result<Image> {
+        let cluster = 1u64 << cluster_bits;
+        let header = Header {
+            version: 3,
+            backing_name: None,
+            geometry: Geometry::new(cluster_bits, false).unwrap(),
+            size: 512,
+            crypt: CryptMethod::None,
+            l1_size: 1,
+            l1_offset: HostOffset(cluster),
+            refcount_table_offset: HostOffset(2 * cluster),
+            refcount_table_clusters: 1,
+            snapshots: 1,
+            snapshots_offset: HostOffset(3 * cluster),
+            incompatible: 0,
+            compatible: 0,
+            autoclear: 0,
+            refcount_width: RefcountWidth::from_bits(16).unwrap(),
+            header_length: 112,
+            compression: CompressionType::Zlib,
+        };
+        let area = HeaderArea { header, extensions: Extensions::default(), backing_name: None };
+        let mut bytes = area.encode().unwrap();
+        bytes.resize(3 * cluster as usize, 0);
+        bytes.extend(l1_offset.to_be_bytes());
+        bytes.extend(l1_size.to_be_bytes());
+        bytes.extend([0, 1, 0, 1]);
+        bytes.extend([0; 20]);
+        bytes.extend(16u32.to_be_bytes());
+        bytes.extend([0; 8]);
+        bytes.extend(disk_size.to_be_bytes());
+        bytes.extend(b"1s\0\0\0\0\0\0");
+        bytes.resize(4 * cluster as usize, 0);
+        let storage = Arc::new(MemoryStorage::with_bytes(bytes, 0));
+        let snapshot = Some(SnapshotRef::Exact { id: Some("1".to_owned()), name: None });
+        Image::from_storage(storage, "image", &OpenOptions { snapshot, ..OpenOptions::default() })
+    }
+
+    #[test]
+    fn a_snapshot_is_checked_like_the_header() {
+        let sound = open_snapshot(9, 512, 1, 512).unwrap();
+        assert_eq!(sound.map(0, 512).unwrap().source, Source::Zero);
+        // The second slice of this table would begin past 2^64.
+        let far = open_snapshot(9, u64::MAX - 511, 1 << 20, 1 << 34).err().unwrap();
+        assert_eq!((far.kind(), far.structure()), (Kind::Corrupt, Some("L1 table")));
+        let large = open_snapshot(21, 1 << 21, u32::MAX, 1 << 63).err().unwrap();
+        assert_eq!(large.kind(), Kind::Limit);
     }
 }

@@ -3,17 +3,20 @@
 mod assembler;
 mod layout;
 mod options;
+mod preallocated;
 mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
 pub(crate) use layout::{Files, Qcow2Layout};
 pub use options::{Compat, Preallocation, Qcow2Options};
+pub use preallocated::is_metadata_preallocated;
 
-use diskmill_format::qcow2::{Header, HeaderArea, Snapshot, feature, parse_snapshots};
+pub use diskmill_format::qcow2::{Bitmap, CompressionType, CryptMethod, HeaderArea, Snapshot, feature};
+use diskmill_format::qcow2::{Header, parse_bitmaps, parse_snapshots};
 use diskmill_format::{HostOffset, Limits};
 use diskmill_io::Storage;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::reader::read_full;
 
 /// Facts that only qcow2 images have.
@@ -55,6 +58,26 @@ impl Qcow2Info {
     }
 }
 
+/// The persistent bitmaps of the image in `file`; none if the image says that they are out of date.
+///
+/// # Errors
+/// [`Kind::Corrupt`](crate::Kind::Corrupt) or [`Kind::Limit`](crate::Kind::Limit) for a bad directory;
+/// [`Kind::Io`](crate::Kind::Io).
+pub fn read_bitmaps(info: &Qcow2Info, file: &dyn Storage, limits: &Limits) -> Result<Vec<Bitmap>> {
+    let Some((count, at, len)) = info.area.extensions.bitmaps else { return Ok(Vec::new()) };
+    if info.area.header.autoclear & feature::BITMAPS == 0 {
+        return Ok(Vec::new());
+    }
+    if len > limits.qcow2_bitmap_directory_bytes {
+        let message = format!("{len} bytes long; at most {} are read", limits.qcow2_bitmap_directory_bytes);
+        return Err(Error::new(Kind::Limit, message).within("bitmap directory", at));
+    }
+    let mut bytes = vec![0; len as usize];
+    let got = read_full(file, &mut bytes, at)?;
+    bytes.truncate(got);
+    Ok(parse_bitmaps(&bytes, count, HostOffset(at), limits)?)
+}
+
 pub(crate) fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -73,7 +96,9 @@ fn read_snapshots(file: &dyn Storage, header: &Header, limits: &Limits) -> Resul
         bytes.truncate(got);
         match parse_snapshots(&bytes, header.snapshots, HostOffset(at), limits) {
             Ok((snapshots, _)) => return Ok(snapshots),
-            Err(error) if whole_file || window >= limits.qcow2_snapshot_table_bytes => return Err(error.into()),
+            Err(error) if whole_file || window >= limits.qcow2_snapshot_table_bytes => {
+                return Err(error.into());
+            }
             Err(_) => window = window.saturating_mul(4).min(limits.qcow2_snapshot_table_bytes),
         }
     }

@@ -39,7 +39,9 @@ impl FromStr for Preallocation {
             "metadata" => Ok(Self::Metadata),
             "falloc" => Ok(Self::Falloc),
             "full" => Ok(Self::Full),
-            other => Err(Error::invalid(format!("preallocation={other:?}")).hint("off, metadata, falloc or full")),
+            other => {
+                Err(Error::invalid(format!("preallocation={other:?}")).hint("off, metadata, falloc or full"))
+            }
         }
     }
 }
@@ -101,8 +103,17 @@ fn parse_bool(name: &str, value: &str) -> Result<bool> {
 impl Qcow2Options {
     /// The names of all options, for help.
     pub const NAMES: [&str; 11] = [
-        "compat", "cluster_size", "refcount_bits", "preallocation", "lazy_refcounts", "extended_l2", "data_file",
-        "data_file_raw", "compression_type", "backing_file", "backing_fmt",
+        "compat",
+        "cluster_size",
+        "refcount_bits",
+        "preallocation",
+        "lazy_refcounts",
+        "extended_l2",
+        "data_file",
+        "data_file_raw",
+        "compression_type",
+        "backing_file",
+        "backing_fmt",
     ];
 
     /// Sets one option as it stands in an `-o` list.
@@ -121,7 +132,8 @@ impl Qcow2Options {
             }
             "cluster_size" => self.cluster_size = parse_size(value)?,
             "refcount_bits" => {
-                self.refcount_bits = value.parse().map_err(|_| Error::invalid(format!("refcount_bits={value:?}")))?;
+                self.refcount_bits =
+                    value.parse().map_err(|_| Error::invalid(format!("refcount_bits={value:?}")))?;
             }
             "preallocation" => self.preallocation = value.parse()?,
             "lazy_refcounts" => self.lazy_refcounts = parse_bool(name, value)?,
@@ -132,12 +144,18 @@ impl Qcow2Options {
                 self.compression = match value {
                     "zlib" => CompressionType::Zlib,
                     "zstd" => CompressionType::Zstd,
-                    other => return Err(Error::invalid(format!("compression_type={other:?}")).hint("zlib or zstd")),
+                    other => {
+                        return Err(
+                            Error::invalid(format!("compression_type={other:?}")).hint("zlib or zstd")
+                        );
+                    }
                 }
             }
             "backing_file" => self.backing_file = Some(value.to_owned()),
             "backing_fmt" => self.backing_format = Some(value.to_owned()),
-            "size" => return Err(Error::unsupported("the option size in a conversion (the source has its size)")),
+            "size" => {
+                return Err(Error::unsupported("the option size in a conversion (the source has its size)"));
+            }
             "encryption" => return Err(Error::unsupported("the qcow2 option encryption")),
             other if other.starts_with("encrypt.") => {
                 return Err(Error::unsupported(format!("the qcow2 option {other}")));
@@ -198,7 +216,9 @@ impl Qcow2Options {
             return Err(Error::invalid("compression and an external data file exclude each other"));
         }
         if self.backing_file.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
-            return Err(Error::invalid("a backing file and preallocation exclude each other without extended_l2"));
+            return Err(Error::invalid(
+                "a backing file and preallocation exclude each other without extended_l2",
+            ));
         }
         if self.backing_file.is_some() && self.data_file_raw {
             return Err(Error::invalid("a backing file and data_file_raw exclude each other"));
@@ -209,7 +229,10 @@ impl Qcow2Options {
         if let Some(name) = &self.backing_file
             && name.len() as u64 > u64::from(Limits::default().backing_name_bytes)
         {
-            return Err(Error::invalid(format!("a backing file name of {} bytes; at most 1023 fit", name.len())));
+            return Err(Error::invalid(format!(
+                "a backing file name of {} bytes; at most 1023 fit",
+                name.len()
+            )));
         }
         Ok(())
     }

@@ -116,8 +116,7 @@ impl L2Codec {
         if host & (self.geometry.cluster_size() - 1) != 0 {
             return Err("the host offset is not a multiple of the cluster size");
         }
-        let host =
-            (host != 0 || (self.external_data && raw & COPIED != 0)).then_some(HostOffset(host));
+        let host = (host != 0 || (self.external_data && raw & COPIED != 0)).then_some(HostOffset(host));
         if self.geometry.extended_l2() {
             if raw & ZERO != 0 {
                 return Err("bit 0 is set, which is reserved in extended entries");
@@ -245,9 +244,7 @@ mod tests {
     #[test]
     fn extended_entries() {
         let codec = codec(16, true);
-        let at = |raw: u64, bitmap: u64| {
-            codec.decode(&[raw.to_be_bytes(), bitmap.to_be_bytes()].concat(), 0)
-        };
+        let at = |raw: u64, bitmap: u64| codec.decode(&[raw.to_be_bytes(), bitmap.to_be_bytes()].concat(), 0);
         let host = HostOffset(0x5_0000);
         assert_eq!(at(0, 0), Ok(Cluster::Unallocated));
         assert_eq!(at(0, u64::MAX << 32), Ok(Cluster::Zero(None)));

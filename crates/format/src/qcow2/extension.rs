@@ -78,7 +78,8 @@ impl Extensions {
 
     fn take(&mut self, kind: u32, data: &[u8], offset: u64) -> Result<(), FormatError> {
         let wrong = |name: &str| {
-            FormatError::corrupt(name, format!("{} bytes long, which is not its length", data.len())).at(offset)
+            FormatError::corrupt(name, format!("{} bytes long, which is not its length", data.len()))
+                .at(offset)
         };
         match kind {
             BACKING_FORMAT => self.backing_format = Some(data.to_vec()),

@@ -92,7 +92,11 @@ impl Header {
         let u64_at = |at: usize| BigEndian::read_u64(&fixed[at..]);
         let version = u32_at(4);
         if !(2..=3).contains(&version) {
-            return Err(FormatError::unsupported("qcow2 header", format!("version {version}; 2 and 3 are supported")).at(4));
+            return Err(FormatError::unsupported(
+                "qcow2 header",
+                format!("version {version}; 2 and 3 are supported"),
+            )
+            .at(4));
         }
         let v3 = if version >= 3 {
             Some(bytes.get(..V3_LEN).ok_or_else(|| corrupt("the file ends inside the header"))?)
@@ -116,8 +120,9 @@ impl Header {
             return Err(corrupt(format!("header_length is {header_length}")));
         }
         let refcount_order = v3_u32(96, 4);
-        let refcount_width = RefcountWidth::from_order(refcount_order)
-            .ok_or_else(|| corrupt(format!("refcount_order is {refcount_order}; at most 6 (64 bits) is possible")))?;
+        let refcount_width = RefcountWidth::from_order(refcount_order).ok_or_else(|| {
+            corrupt(format!("refcount_order is {refcount_order}; at most 6 (64 bits) is possible"))
+        })?;
         let header = Self {
             version,
             backing_name: match (u64_at(8), u32_at(16)) {
@@ -131,7 +136,11 @@ impl Header {
                 1 => CryptMethod::Aes,
                 2 => CryptMethod::Luks,
                 other => {
-                    return Err(FormatError::unsupported("qcow2 header", format!("encryption method {other}")).at(32));
+                    return Err(FormatError::unsupported(
+                        "qcow2 header",
+                        format!("encryption method {other}"),
+                    )
+                    .at(32));
                 }
             },
             l1_size: u32_at(36),
@@ -151,7 +160,11 @@ impl Header {
         Ok(header)
     }
 
-    fn parse_compression(bytes: &[u8], header_length: u32, incompatible: u64) -> Result<CompressionType, FormatError> {
+    fn parse_compression(
+        bytes: &[u8],
+        header_length: u32,
+        incompatible: u64,
+    ) -> Result<CompressionType, FormatError> {
         let flagged = incompatible & feature::COMPRESSION_TYPE != 0;
         let value = if header_length as usize > V3_LEN {
             *bytes.get(V3_LEN).ok_or_else(|| corrupt("the file ends inside the header"))?
@@ -165,15 +178,19 @@ impl Header {
             (0, true) | (1, false) => {
                 Err(corrupt("the compression type contradicts the compression type feature bit"))
             }
-            (other, _) => Err(FormatError::unsupported("qcow2 header", format!("compression type {other}")).at(104)),
+            (other, _) => {
+                Err(FormatError::unsupported("qcow2 header", format!("compression type {other}")).at(104))
+            }
         }
     }
 
     fn check(&self, limits: &Limits) -> Result<(), FormatError> {
         let cluster_size = self.geometry.cluster_size();
         let aligned = |name: &str, offset: HostOffset| {
-            if offset.get() % cluster_size != 0 || offset.get() >> 56 != 0 {
-                return Err(corrupt(format!("the {name} is at {offset}, not a multiple of the cluster size below 2^56")));
+            if !offset.get().is_multiple_of(cluster_size) || offset.get() >> 56 != 0 {
+                return Err(corrupt(format!(
+                    "the {name} is at {offset}, not a multiple of the cluster size below 2^56"
+                )));
             }
             Ok(())
         };
@@ -182,7 +199,10 @@ impl Header {
         aligned("snapshot table", self.snapshots_offset)?;
         let bounded = |name: &str, bytes: Option<u64>, limit: u64| match bytes {
             Some(bytes) if bytes <= limit => Ok(()),
-            _ => Err(FormatError::limit("qcow2 header", format!("the {name} is larger than {limit} bytes")).at(0)),
+            _ => {
+                Err(FormatError::limit("qcow2 header", format!("the {name} is larger than {limit} bytes"))
+                    .at(0))
+            }
         };
         bounded("L1 table", u64::from(self.l1_size).checked_mul(8), limits.qcow2_l1_bytes)?;
         bounded(
@@ -199,7 +219,9 @@ impl Header {
         }
         // QEMU holds sizes as signed 64-bit integers.
         if self.size > i64::MAX as u64 {
-            return Err(FormatError::limit("qcow2 header", format!("a virtual size of {} bytes", self.size)).at(24));
+            return Err(
+                FormatError::limit("qcow2 header", format!("a virtual size of {} bytes", self.size)).at(24)
+            );
         }
         let needed = self.geometry.l1_entries(self.size);
         if u64::from(self.l1_size) < needed {
@@ -217,7 +239,11 @@ impl Header {
                 .at(offset));
             }
             if offset.checked_add(u64::from(len)).is_none_or(|end| end > cluster_size) {
-                return Err(FormatError::corrupt("backing file name", "it does not lie in the first cluster").at(offset));
+                return Err(FormatError::corrupt(
+                    "backing file name",
+                    "it does not lie in the first cluster",
+                )
+                .at(offset));
             }
         }
         Ok(())
@@ -274,9 +300,11 @@ impl HeaderArea {
             None => None,
             Some((offset, len)) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX);
-                let name = cluster.get(start..).and_then(|rest| rest.get(..len as usize)).ok_or_else(|| {
-                    FormatError::corrupt("backing file name", "it runs past the end of the file").at(offset)
-                })?;
+                let name =
+                    cluster.get(start..).and_then(|rest| rest.get(..len as usize)).ok_or_else(|| {
+                        FormatError::corrupt("backing file name", "it runs past the end of the file")
+                            .at(offset)
+                    })?;
                 Some(name.to_vec())
             }
         };
@@ -314,7 +342,10 @@ impl HeaderArea {
         if out.len() > cluster_size {
             return Err(FormatError::limit(
                 "qcow2 header",
-                format!("header, extensions and backing file name need {} bytes, and a cluster has {cluster_size}", out.len()),
+                format!(
+                    "header, extensions and backing file name need {} bytes, and a cluster has {cluster_size}",
+                    out.len()
+                ),
             ));
         }
         out.resize(cluster_size, 0);
@@ -322,11 +353,14 @@ impl HeaderArea {
         let mut put_u32 = |at: usize, value: u32| BigEndian::write_u32(&mut out[at..], value);
         put_u32(4, header.version);
         put_u32(20, header.geometry.cluster_bits());
-        put_u32(32, match header.crypt {
-            CryptMethod::None => 0,
-            CryptMethod::Aes => 1,
-            CryptMethod::Luks => 2,
-        });
+        put_u32(
+            32,
+            match header.crypt {
+                CryptMethod::None => 0,
+                CryptMethod::Aes => 1,
+                CryptMethod::Luks => 2,
+            },
+        );
         put_u32(36, header.l1_size);
         put_u32(56, header.refcount_table_clusters);
         put_u32(60, header.snapshots);

@@ -1,12 +1,14 @@
 //! qcow2 versions 2 and 3, as `docs/interop/qcow2.txt` of QEMU specifies them ("the
 //! specification" below). All integers are big-endian.
 
+mod bitmap;
 mod entry;
 mod extension;
 mod header;
 mod refcount;
 mod snapshot;
 
+pub use bitmap::{Bitmap, parse_bitmaps};
 pub use entry::{Cluster, CompressedRef, L1Entry, L2Codec};
 pub use extension::{Extensions, FeatureKind, FeatureName};
 pub use header::{CompressionType, CryptMethod, Header, HeaderArea};

@@ -71,7 +71,10 @@ fn parse_one(bytes: &[u8], limits: &Limits) -> Result<(Snapshot, usize), FormatE
     if extra_len > limits.qcow2_snapshot_extra_bytes {
         return Err(FormatError::limit(
             "",
-            format!("{extra_len} bytes of extra data; at most {} are read", limits.qcow2_snapshot_extra_bytes),
+            format!(
+                "{extra_len} bytes of extra data; at most {} are read",
+                limits.qcow2_snapshot_extra_bytes
+            ),
         ));
     }
     let rest = &bytes[FIXED..];

@@ -81,7 +81,8 @@ fn extent(input: &[u8]) -> IResult<&[u8], ExtentLine<'_>> {
         return Ok((input, ExtentLine { access, sectors, kind, file: None, offset: None, rest: b"" }));
     }
     let (input, file) = file(input)?;
-    let (input, offset) = opt(preceded(blank1, number)).parse(input)?;
+    // QEMU's scanf asks for no blank after the closing quote; to miss an offset would be to read the wrong data.
+    let (input, offset) = opt(preceded(blank0, number)).parse(input)?;
     let (input, rest) = preceded(blank0, rest).parse(input)?;
     Ok((input, ExtentLine { access, sectors, kind, file: Some(file), offset, rest: rest.trim_ascii_end() }))
 }

@@ -63,6 +63,12 @@ fn odd_spacing_line_ends_and_comments() {
 }
 
 #[test]
+fn an_offset_right_behind_the_quote_counts() {
+    let it = parse(b"version=1\nRW 96 FLAT \"a.vmdk\"96\n");
+    assert_eq!((it.extents[0].offset, it.extents[0].rest.as_slice()), (Some(96), b"".as_slice()));
+}
+
+#[test]
 fn every_kind_of_extent_is_kept() {
     for kind in ["FLAT", "SPARSE", "VMFS", "VMFSSPARSE", "VMFSRDM", "VMFSRAW", "SESPARSE", "VSANSPARSE"] {
         let line = format!("version=1\nRW 8 {kind} \"a.vmdk\" 0\n");

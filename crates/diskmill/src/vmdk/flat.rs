@@ -1,0 +1,88 @@
+use std::ops::Range;
+
+use diskmill_format::vmdk::{SECTOR_BYTES, geometry};
+use sha2::{Digest, Sha256};
+
+use super::options::{Subformat, VmdkOptions};
+use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
+use crate::error::{Error, Result};
+
+const SPLIT: u64 = geometry::SPLIT_SECTORS * SECTOR_BYTES;
+/// Divides [`SPLIT`], so that no unit lies in two extents.
+const MAX_UNIT: u64 = 1 << 20;
+
+/// Lays out a monolithicFlat or twoGbMaxExtentFlat disk: every byte at its own offset; zeros are holes.
+pub(super) struct FlatAssembler {
+    options: VmdkOptions,
+    name: Vec<u8>,
+    size: u64,
+    unit: u64,
+}
+
+impl FlatAssembler {
+    /// Looks for zeros in granules of `unit` bytes.
+    pub(super) fn new(options: VmdkOptions, name: &[u8], size: u64, unit: u64) -> Result<Self> {
+        let made = Self { options, name: name.to_vec(), size, unit: unit.min(MAX_UNIT) };
+        made.descriptor()?;
+        Ok(made)
+    }
+
+    fn descriptor(&self) -> Result<Vec<u8>> {
+        // The content is not known here: the identity is that of size and options.
+        Ok(self.options.describe(&self.name, self.size, &Sha256::new())?.write()?)
+    }
+
+    fn step(&self) -> u64 {
+        if self.options.subformat == Subformat::TwoGbMaxExtentFlat { SPLIT } else { u64::MAX }
+    }
+}
+
+impl Assembler for FlatAssembler {
+    fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    fn whole_units(&self) -> bool {
+        false
+    }
+
+    fn ordered(&self) -> bool {
+        false
+    }
+
+    fn place(&mut self, guest: Range<u64>, units: &[Unit], out: &mut Vec<WriteOp>) -> Result<()> {
+        let step = self.step();
+        for (at, unit) in guest.clone().step_by(self.unit as usize).zip(units) {
+            let end = guest.end.min(at + self.unit);
+            if *unit != Unit::Zero {
+                let file = TargetFile::Extent((at / step) as u32);
+                WriteOp::push_buf(out, file, at % step, (at - guest.start) as usize, (end - at) as usize);
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, _run: Range<u64>, _out: &mut Vec<WriteOp>) -> Result<()> {
+        Ok(())
+    }
+
+    fn skip(&mut self, _run: Range<u64>, _out: &mut Vec<WriteOp>) -> Result<()> {
+        Ok(())
+    }
+
+    fn check_size(&self, _size: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish(&mut self, size: u64, _out: &mut Vec<WriteOp>) -> Result<Finish> {
+        if size != self.size {
+            return Err(Error::invalid("the source has another size than before"));
+        }
+        let step = self.step();
+        let extents = if step == u64::MAX { 1 } else { size.div_ceil(step) };
+        let other_lens =
+            (0..extents).map(|number| size.saturating_sub(number.saturating_mul(step)).min(step)).collect();
+        let text = self.descriptor()?;
+        Ok(Finish { file_len: Some(text.len() as u64), other_lens, header: Some(text), ..Finish::default() })
+    }
+}
