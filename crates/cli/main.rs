@@ -1,2 +1,38 @@
-//! x
-fn main() {}
+//! `diskmill`: converts and examines disk images from the command line.
+#![forbid(unsafe_code)]
+
+mod args;
+mod compare;
+mod convert;
+mod exit;
+mod info;
+mod json;
+mod map;
+mod names;
+mod options;
+mod progress;
+mod signals;
+mod size;
+mod snapshots;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Convert(args) => convert::run(args),
+        Command::Info(args) => info::run(&args),
+        Command::Map(args) => map::run(&args),
+        Command::Compare(args) => compare::run(&args),
+    };
+    let exit = outcome.unwrap_or_else(|failure| {
+        if let Some(message) = &failure.message {
+            eprintln!("diskmill: {message}");
+        }
+        failure.exit
+    });
+    exit.into()
+}

@@ -1,0 +1,376 @@
+//! The command line as it is typed. Letters mean what they mean in qemu-img.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use diskmill::convert::TargetFormat;
+use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, SnapshotRef, parse_size};
+
+const EXAMPLES: &str = "\
+Examples:
+  diskmill convert disk.qcow2 disk.raw
+  diskmill convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2
+  diskmill convert -O raw disk.qcow2 - | ssh host 'cat > /dev/vdb'
+  diskmill info disk.qcow2
+  diskmill map --output json disk.qcow2
+  diskmill compare disk.qcow2 disk.raw";
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (codecs: deflate by libdeflate, zstd by libzstd)");
+
+/// Converts and examines disk images: raw, qcow2, VMDK and OVA.
+#[derive(Debug, Parser)]
+#[command(name = "diskmill", version = VERSION, before_help = EXAMPLES, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Copy images into a fresh one, in the same or another format
+    Convert(ConvertArgs),
+    /// Show what an image is
+    Info(InfoArgs),
+    /// Show where an image's guest data stands
+    Map(MapArgs),
+    /// Tell whether two images show the guest the same bytes
+    Compare(CompareArgs),
+}
+
+const CONVERT_EXAMPLES: &str = "\
+Examples:
+  diskmill convert disk.qcow2 disk.raw
+  diskmill convert -O qcow2 -c disk.raw disk.qcow2
+  diskmill convert -O qcow2 -B base.qcow2 -F qcow2 full.raw overlay.qcow2
+  diskmill convert -l before-upgrade disk.qcow2 old-state.raw
+  curl -s https://example.org/disk.raw | diskmill convert -f raw -O qcow2 - disk.qcow2";
+
+const CONVERT_CODES: &str = "\
+Exit codes: 0 done; 1 error; 2 wrong usage; 3 done with --salvage, but parts could not be read;
+128 + n: ended by signal n. After an error or a signal the old TARGET is still there, or none.";
+
+#[derive(Debug, Args)]
+#[command(
+    before_help = CONVERT_EXAMPLES,
+    after_help = CONVERT_CODES,
+    override_usage = "diskmill convert [OPTIONS] SOURCE... TARGET"
+)]
+pub(crate) struct ConvertArgs {
+    /// Format of the sources: raw, qcow2, vmdk or ova [default: told by their first bytes]
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) source_format: Option<Format>,
+
+    /// Format of the target: raw, qcow2, vmdk or ova
+    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = TargetFormat::named)]
+    pub(crate) target_format: TargetFormat,
+
+    /// Options of the target: NAME=VALUE, several with commas, `,,` for a comma in a value; `help` lists them
+    #[arg(short = 'o', long, visible_alias = "target-options", value_name = "LIST")]
+    pub(crate) options: Vec<String>,
+
+    /// Compress the target (qcow2, streamOptimized VMDK)
+    #[arg(short = 'c', long)]
+    pub(crate) compress: bool,
+
+    /// Level of the compression: 1 to 12 for zlib, 1 to 22 for zstd [default: fastest that is as small as qemu-img's]
+    #[arg(long, value_name = "N", requires = "compress", allow_negative_numbers = true)]
+    pub(crate) level: Option<i32>,
+
+    #[command(flatten)]
+    pub(crate) progress: ProgressArgs,
+
+    /// Runs of zeros of at least SIZE bytes are left out of the target; 0 allocates everything
+    #[arg(short = 'S', long, value_name = "SIZE", default_value = "4k", value_parser = parse_size)]
+    pub(crate) sparse_size: u64,
+
+    /// qemu-img's number of coroutines, 1 to 16: accepted and ignored, see --threads
+    #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) _parallel: Option<u8>,
+
+    /// Accepted and ignored: writes are out of order anyway
+    #[arg(short = 'W', long = "oob-writes")]
+    pub(crate) _oob_writes: bool,
+
+    /// Accepted and ignored: ranges are cloned or copied by the kernel where that can be done
+    #[arg(short = 'C', long = "copy-range-offloading")]
+    pub(crate) _copy_range: bool,
+
+    /// qemu-img's cache mode for the target: none is --direct, writethrough --sync, directsync both
+    #[arg(short = 't', long, value_name = "CACHE")]
+    pub(crate) target_cache: Option<CacheMode>,
+
+    /// qemu-img's cache mode for the sources: none and directsync bypass the page cache
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    pub(crate) source_cache: Option<CacheMode>,
+
+    /// Fill the existing TARGET in place instead of making a new one: raw, a device, or an empty qcow2
+    #[arg(short = 'n', long)]
+    pub(crate) no_create: bool,
+
+    /// With -n: TARGET reads as zeros everywhere, so zeros need not be written
+    #[arg(long, requires = "no_create")]
+    pub(crate) target_is_zero: bool,
+
+    /// Make the target an overlay of this file: what is the same there is not copied
+    #[arg(short = 'B', long, value_name = "FILE")]
+    pub(crate) backing: Option<String>,
+
+    /// Format of the backing file [default: told by its first bytes]
+    #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
+    pub(crate) backing_format: Option<Format>,
+
+    /// Copy an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, visible_alias = "source-snapshot", value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+
+    /// Worker threads [default: one for each CPU that may be used]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+
+    /// Upper bound for buffers
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+
+    /// How the kernel is asked to move bytes
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub(crate) io: Io,
+
+    /// Bypass the page cache (O_DIRECT) for sources and target
+    #[arg(long)]
+    pub(crate) direct: bool,
+
+    /// Make the target durable before it gets its name
+    #[arg(long)]
+    pub(crate) sync: bool,
+
+    /// Go on where a source is damaged: fill with zeros, list the ranges, exit with 3
+    #[arg(long)]
+    pub(crate) salvage: bool,
+
+    /// Pack everything anew, even clusters that the source has packed in a way that the target can take over
+    #[arg(long)]
+    pub(crate) recompress: bool,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// Print what was done as one JSON object on standard output
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Images, one behind the other, and the file or device to write; `-` is standard input or output (raw, streamOptimized VMDK)
+    #[arg(value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) format: Option<Format>,
+
+    /// Also show the backing file, its backing file, and so on
+    #[arg(short = 'b', long)]
+    pub(crate) backing_chain: bool,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// How to print
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    pub(crate) output: OutputForm,
+
+    /// The image
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MapArgs {
+    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) format: Option<Format>,
+
+    /// First byte of the guest's disk to show
+    #[arg(short = 's', long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    pub(crate) start_offset: u64,
+
+    /// Bytes to show [default: up to the end]
+    #[arg(short = 'l', long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) max_length: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// How to print
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    pub(crate) output: OutputForm,
+
+    /// The image
+    pub(crate) file: PathBuf,
+}
+
+const COMPARE_CODES: &str = "\
+Exit codes: 0 same; 1 different; 2 wrong usage, or an image cannot be opened; 3 its map cannot be read;
+4 it cannot be read; 128 + n: ended by signal n.";
+
+#[derive(Debug, Args)]
+#[command(after_help = COMPARE_CODES)]
+pub(crate) struct CompareArgs {
+    /// Format of the first image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    #[arg(short = 'f', long, visible_alias = "format", value_name = "FMT")]
+    pub(crate) a_format: Option<Format>,
+
+    /// Format of the second image
+    #[arg(short = 'F', long, value_name = "FMT")]
+    pub(crate) b_format: Option<Format>,
+
+    /// Sizes must be the same too, and where data, zeros, compressed data and nothing are
+    #[arg(short = 's', long)]
+    pub(crate) strict: bool,
+
+    /// qemu-img's cache mode: none and directsync bypass the page cache
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    pub(crate) cache: Option<CacheMode>,
+
+    #[command(flatten)]
+    pub(crate) progress: ProgressArgs,
+
+    /// Threads [default: one for each CPU that may be used]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// How to print
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    pub(crate) output: OutputForm,
+
+    /// One image
+    pub(crate) a: PathBuf,
+
+    /// The other
+    pub(crate) b: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProgressArgs {
+    /// Show progress: a bar on a terminal, else qemu-img's line
+    #[arg(short = 'p', conflicts_with = "mode")]
+    pub(crate) show: bool,
+
+    /// How to show progress: a bar on a terminal (auto) or always, qemu-img's line on standard output, JSON lines on
+    /// standard error
+    #[arg(long = "progress", value_name = "MODE")]
+    pub(crate) mode: Option<ProgressMode>,
+
+    /// No progress, no remarks: only errors
+    #[arg(short = 'q', long)]
+    pub(crate) quiet: bool,
+}
+
+/// How to open images.
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// Read images that another process may be writing to
+    #[arg(short = 'U', long)]
+    force_share: bool,
+
+    /// Let images name files in this folder too, as backing files and the like; by default only in the image's own
+    #[arg(long, value_name = "DIR")]
+    allow_path: Vec<PathBuf>,
+
+    /// Let images name any file; only for images whose maker is trusted
+    #[arg(long)]
+    allow_any_path: bool,
+
+    /// Disk of an OVA that has several: its number, from 1, or its name
+    #[arg(long, value_name = "N|NAME")]
+    disk: Option<String>,
+
+    /// Read a VMDK delta although its parent was changed since (the CIDs differ)
+    #[arg(long)]
+    ignore_cid: bool,
+}
+
+impl OpenArgs {
+    pub(crate) fn options(&self, format: Option<Format>) -> OpenOptions {
+        let allow = if self.allow_any_path { Allow::Anything } else { Allow::OwnTree };
+        OpenOptions {
+            format,
+            policy: OpenPolicy { allow, paths: self.allow_path.clone() },
+            force_share: self.force_share,
+            disk: self.disk.clone(),
+            ignore_cid: self.ignore_cid,
+            ..OpenOptions::default()
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressMode {
+    Auto,
+    Bar,
+    Json,
+    Qemu,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputForm {
+    Human,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Io {
+    Auto,
+    Uring,
+    Sync,
+}
+
+impl From<Io> for EngineChoice {
+    fn from(io: Io) -> Self {
+        match io {
+            Io::Auto => Self::Auto,
+            Io::Uring => Self::Uring,
+            Io::Sync => Self::Sync,
+        }
+    }
+}
+
+/// QEMU's cache modes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheMode {
+    None,
+    Writethrough,
+    Writeback,
+    Directsync,
+    Unsafe,
+}
+
+impl CacheMode {
+    pub(crate) const fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
+
+    pub(crate) const fn is_durable(self) -> bool {
+        matches!(self, Self::Writethrough | Self::Directsync)
+    }
+}
+
+/// Takes qemu-img's `-l`: an id or name, or `snapshot.id=…` and `snapshot.name=…`.
+pub(crate) fn snapshot_ref(text: &str) -> SnapshotRef {
+    let mut wanted = (None, None);
+    for (name, value) in crate::options::split(text) {
+        match (name.as_str(), value) {
+            ("snapshot.id", Some(value)) => wanted.0 = Some(value),
+            ("snapshot.name", Some(value)) => wanted.1 = Some(value),
+            _ => return SnapshotRef::Any(text.to_owned()),
+        }
+    }
+    match wanted {
+        (None, None) => SnapshotRef::Any(text.to_owned()),
+        (id, name) => SnapshotRef::Exact { id, name },
+    }
+}

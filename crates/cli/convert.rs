@@ -1,0 +1,184 @@
+//! `diskmill convert`.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use diskmill::convert::{
+    BadRange, Compression, ConvertOptions, Input, Monitor, Output, Summary, TargetFormat,
+};
+use diskmill::vmdk::VmdkStream;
+use diskmill::{Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
+use serde_json::json;
+
+use crate::args::{CacheMode, ConvertArgs, snapshot_ref};
+use crate::exit::{Exit, Failure};
+use crate::options;
+use crate::progress::Progress;
+use crate::signals::Watch;
+
+/// Bad ranges that are listed on standard error; all of them stand in the JSON result.
+const LISTED_RANGES: usize = 20;
+
+pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
+    if args.options.iter().any(|list| options::asks_for_help(list)) {
+        io::stdout().write_all(options::help(&args.target_format).as_bytes())?;
+        return Ok(Exit::Done);
+    }
+    let Some((target, sources)) = args.files.split_last().filter(|(_, sources)| !sources.is_empty()) else {
+        return Err(Failure::usage(
+            "convert takes at least one SOURCE, and a TARGET; see diskmill convert --help",
+        ));
+    };
+    let to_stdout = is_stream(target);
+    let from_stdin = sources.iter().any(|source| is_stream(source));
+    if to_stdout && args.json {
+        return Err(Failure::usage(
+            "--json and a TARGET on standard output (-) exclude each other: both want it",
+        ));
+    }
+    let convert = convert_options(&args)?;
+    let output = if to_stdout {
+        Output::Stream(PipeWriter::stdout().map_err(|error| stream_failure("output", &error))?)
+    } else {
+        Output::Path(target.clone())
+    };
+    let mut images = Vec::new();
+    let input = if from_stdin {
+        check_stdin(&args, sources)?;
+        let pipe = PipeReader::stdin().map_err(|error| stream_failure("input", &error))?;
+        match args.source_format {
+            Some(Format::Vmdk) => Input::VmdkStream(Box::new(VmdkStream::new(pipe, &Limits::default())?)),
+            _ => Input::Stream(pipe),
+        }
+    } else {
+        let open = open_options(&args);
+        images = sources.iter().map(|path| Image::open(path, &open)).collect::<Result<_, _>>()?;
+        Input::Images(&images)
+    };
+
+    let monitor = Arc::new(Monitor::new());
+    let watch = Watch::start(&monitor, to_stdout || from_stdin)
+        .map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
+    let progress = Progress::start(&args.progress, to_stdout || args.json, &monitor);
+    let result = diskmill::convert::convert(input, output, &convert, &monitor);
+    progress.finish(result.is_ok());
+    if !args.progress.quiet {
+        for warning in images.iter().flat_map(Image::warnings) {
+            eprintln!("diskmill: warning: {warning}");
+        }
+    }
+    let summary = result.map_err(|error| match watch.received() {
+        Some(signal) if error.kind() == Kind::Cancelled => interrupted(signal, &args, target),
+        _ => error.into(),
+    })?;
+
+    if !summary.bad_ranges.is_empty() {
+        list_bad_ranges(&summary.bad_ranges);
+    }
+    if args.json {
+        writeln!(io::stdout(), "{}", report(&summary, sources, target))?;
+    }
+    Ok(if summary.bad_ranges.is_empty() { Exit::Done } else { Exit::BadRanges })
+}
+
+fn is_stream(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn stream_failure(what: &str, error: &io::Error) -> Failure {
+    Failure::failed(format!("cannot use standard {what}: {error}"))
+}
+
+fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
+    let cache = |is: fn(CacheMode) -> bool| args.target_cache.is_some_and(is);
+    let mut format: TargetFormat = args.target_format.clone();
+    for list in &args.options {
+        options::apply(&mut format, list)?;
+    }
+    if let Some(backing) = &args.backing {
+        format.set("backing_file", backing)?;
+    }
+    if let Some(backing_format) = args.backing_format {
+        format.set("backing_fmt", backing_format.name())?;
+    }
+    Ok(ConvertOptions {
+        format,
+        compress: args.compress.then_some(Compression { level: args.level }),
+        sparse_size: args.sparse_size,
+        create: !args.no_create,
+        target_is_zero: args.target_is_zero,
+        threads: args.threads,
+        memory: args.memory,
+        engine: args.io.into(),
+        direct: args.direct || cache(CacheMode::is_direct),
+        sync: args.sync || cache(CacheMode::is_durable),
+        salvage: args.salvage,
+        recompress: args.recompress,
+    })
+}
+
+fn open_options(args: &ConvertArgs) -> OpenOptions {
+    OpenOptions {
+        snapshot: args.snapshot.as_deref().map(snapshot_ref),
+        direct: args.direct || args.source_cache.is_some_and(CacheMode::is_direct),
+        ..args.open.options(args.source_format)
+    }
+}
+
+/// What comes through a pipe is read once, front to back: raw and streamOptimized VMDKs can be.
+fn check_stdin(args: &ConvertArgs, sources: &[PathBuf]) -> Result<(), Failure> {
+    let wrong = match args.source_format {
+        _ if sources.len() > 1 => "it cannot be joined with other sources".to_owned(),
+        _ if args.snapshot.is_some() => "it has no snapshots".to_owned(),
+        Some(Format::Raw | Format::Vmdk) | None => return Ok(()),
+        Some(format) => format!("it is read as raw or vmdk; save {format} to a file first"),
+    };
+    Err(Failure::usage(format!("SOURCE on standard input (-): {wrong}")))
+}
+
+fn interrupted(signal: i32, args: &ConvertArgs, target: &Path) -> Failure {
+    use std::os::unix::fs::FileTypeExt;
+    let device = std::fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
+    let state = if args.no_create || device {
+        format!("{target:?} is incomplete")
+    } else {
+        "nothing was written under the final name".to_owned()
+    };
+    Failure { exit: Exit::Signal(signal), message: Some(format!("interrupted; {state}")) }
+}
+
+fn list_bad_ranges(ranges: &[BadRange]) {
+    for BadRange { start, len, reason } in ranges.iter().take(LISTED_RANGES) {
+        eprintln!("diskmill: filled with zeros: {len} bytes at {start}: {reason}");
+    }
+    let more = ranges.len().saturating_sub(LISTED_RANGES);
+    if more > 0 {
+        eprintln!("diskmill: and {more} more ranges (--json lists all)");
+    }
+    let bytes: u64 = ranges.iter().fold(0, |sum, range| sum.saturating_add(range.len));
+    eprintln!("diskmill: {bytes} bytes of the source could not be read");
+}
+
+/// The result for programs.
+fn report(summary: &Summary, sources: &[PathBuf], target: &Path) -> serde_json::Value {
+    let bad: Vec<_> = summary.bad_ranges.iter().map(bad_range).collect();
+    json!({
+        "source": sources.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
+        "target": target.to_string_lossy(),
+        "virtual-size": summary.virtual_size,
+        "bytes-read": summary.bytes_read,
+        "bytes-written": summary.bytes_written,
+        "bytes-zero": summary.bytes_zero,
+        "bytes-passed-packed": summary.bytes_passed,
+        "engine": summary.engine,
+        "engine-reason": summary.engine_reason,
+        "threads": summary.threads,
+        "seconds": summary.seconds,
+        "bad-ranges": bad,
+    })
+}
+
+fn bad_range(range: &BadRange) -> serde_json::Value {
+    json!({ "start": range.start, "length": range.len, "reason": range.reason })
+}

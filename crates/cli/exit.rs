@@ -1,0 +1,95 @@
+//! How the program ends.
+
+use std::io;
+use std::process::ExitCode;
+
+use diskmill::Error;
+use signal_hook::consts::SIGPIPE;
+
+/// What the exit code tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// All done; images are the same.
+    Done,
+    /// An error.
+    Failed,
+    /// The command line is wrong.
+    Usage,
+    /// `convert --salvage` is done, but parts of the source could not be read.
+    BadRanges,
+    /// `compare`: the images differ.
+    Differ,
+    /// `compare`: an image cannot be opened.
+    CannotOpen,
+    /// `compare`: what an image allocates cannot be told.
+    CannotMap,
+    /// `compare`: an image cannot be read.
+    CannotRead,
+    /// Ended by this signal.
+    Signal(i32),
+}
+
+impl Exit {
+    /// The code that the parent process gets.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Failed | Self::Differ => 1,
+            Self::Usage | Self::CannotOpen => 2,
+            Self::BadRanges | Self::CannotMap => 3,
+            Self::CannotRead => 4,
+            // As shells report a program that a signal ended.
+            Self::Signal(signal) => 128 | (signal & 0x7f) as u8,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        exit.code().into()
+    }
+}
+
+/// An end with an error: the code, and the text for standard error if there is one.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    pub(crate) message: Option<String>,
+}
+
+impl Failure {
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Failed, message: Some(message.into()) }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, message: Some(message.into()) }
+    }
+
+    /// The same failure with the code `exit`, unless a signal or a closed pipe is the cause.
+    pub(crate) fn or_exit(self, exit: Exit) -> Self {
+        Self { exit: if self.exit == Exit::Failed { exit } else { self.exit }, ..self }
+    }
+}
+
+/// The reader of our output has gone: no error worth a word.
+const BROKEN_PIPE: Failure = Failure { exit: Exit::Signal(SIGPIPE), message: None };
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error.os_error() {
+            Some(cause) if cause.kind() == io::ErrorKind::BrokenPipe => BROKEN_PIPE,
+            _ => Self::failed(error.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// Of an error while writing to standard output.
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => BROKEN_PIPE,
+            _ => Self::failed(format!("cannot write to standard output: {error}")),
+        }
+    }
+}

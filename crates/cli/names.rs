@@ -1,0 +1,94 @@
+//! How names are shown.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use diskmill::{FileId, FormatInfo, Image};
+
+/// `text` with control characters escaped: a name in an image must not drive the terminal.
+pub(crate) fn shown(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |char: char| if char.is_control() { char.escape_default().to_string() } else { char.into() };
+    text.chars().map(escape).collect::<String>().into()
+}
+
+/// The name of `file` as an image named `image` means it: relative names start in the image's folder. Like qemu-img,
+/// this only joins texts.
+pub(crate) fn resolved(image: &str, file: &str) -> String {
+    let file = file.strip_prefix("file:").unwrap_or(file);
+    match image.rfind('/') {
+        Some(slash) if !file.starts_with('/') => format!("{}{file}", &image[..=slash]),
+        _ => file.to_owned(),
+    }
+}
+
+/// The names of a chain's images, as each image names the next one.
+pub(crate) fn chain_names(image: &Image, top: &Path) -> Vec<String> {
+    let mut name = top.to_string_lossy().into_owned();
+    let mut names = Vec::new();
+    for (_, info) in image.chain() {
+        let next = info.backing_name.as_deref().map(|backing| resolved(&name, backing));
+        names.push(std::mem::replace(&mut name, next.unwrap_or_default()));
+    }
+    names
+}
+
+/// The names of an image's files as the images name them, where [`Image::files`] has canonical paths.
+pub(crate) struct FileNames(Vec<String>);
+
+impl FileNames {
+    pub(crate) fn new(image: &Image, top: &Path) -> Self {
+        let mut known: Vec<(PathBuf, String)> = Vec::new();
+        let mut learn = |name: String| {
+            if let Ok(path) = fs::canonicalize(&name) {
+                known.push((path, name));
+            }
+        };
+        for (name, (_, info)) in chain_names(image, top).into_iter().zip(image.chain()) {
+            if let FormatInfo::Qcow2(qcow2) = &info.specific
+                && let Some(data) = &qcow2.data_file
+            {
+                learn(resolved(&name, data));
+            }
+            learn(name);
+        }
+        let name_of = |path: &Path| {
+            let canonical = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+            let found = known.iter().find(|(path, _)| *path == canonical);
+            found.map_or_else(|| path.to_string_lossy().into_owned(), |(_, name)| name.clone())
+        };
+        Self(image.files().iter().map(|file| name_of(&file.path)).collect())
+    }
+
+    pub(crate) fn get(&self, file: FileId) -> &str {
+        self.0.get(file.0 as usize).map_or("", String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_escaped_and_nothing_else() {
+        assert_eq!(shown("a b\\ü\u{1f600}"), "a b\\ü\u{1f600}");
+        assert_eq!(shown("a\u{1b}[31m\n\u{9b}"), "a\\u{1b}[31m\\n\\u{9b}");
+    }
+
+    #[test]
+    fn relative_names_start_at_the_image() {
+        let cases = [
+            ("a", "b", "b"),
+            ("x/a", "b", "x/b"),
+            ("x//a", "../b", "x//../b"),
+            ("x/a", "/b", "/b"),
+            ("./a", "file:b", "./b"),
+        ];
+        for (image, file, want) in cases {
+            assert_eq!(resolved(image, file), want);
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Signals, taken by a thread of their own: the first one cancels, a second one ends the program at once.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+
+use diskmill::convert::Monitor;
+use diskmill::unlink_all_pending;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::{Handle, Signals};
+
+use crate::exit::Exit;
+use crate::progress::qemu_line;
+
+/// Watches for signals until it is dropped.
+pub(crate) struct Watch {
+    handle: Handle,
+    received: Arc<AtomicI32>,
+}
+
+impl Watch {
+    /// Lets signals cancel what `monitor` watches. `at_once`: a signal ends the program without waiting for the work to
+    /// stop, which may hang in a pipe.
+    pub(crate) fn start(monitor: &Arc<Monitor>, at_once: bool) -> io::Result<Self> {
+        let ignored = ignored_signals();
+        // `nohup` and shells that start a job in the background mean what they set.
+        let ours = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+        let mut signals = Signals::new(ours.chain([SIGUSR1]))?;
+        let watch = Self { handle: signals.handle(), received: Arc::default() };
+        let (monitor, received) = (Arc::clone(monitor), Arc::clone(&watch.received));
+        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for signal in &mut signals {
+                if signal == SIGUSR1 {
+                    eprintln!("{}", qemu_line(monitor.done(), monitor.total()));
+                } else if received.swap(signal, Relaxed) == 0 && !at_once {
+                    monitor.cancel();
+                } else {
+                    unlink_all_pending();
+                    eprintln!("diskmill: interrupted");
+                    std::process::exit(Exit::Signal(signal).code().into());
+                }
+            }
+        })?;
+        Ok(watch)
+    }
+
+    /// The signal that came.
+    pub(crate) fn received(&self) -> Option<i32> {
+        Some(self.received.load(Relaxed)).filter(|&signal| signal != 0)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.handle.close();
+    }
+}
+
+/// The signals that the parent process set to be ignored, as a mask.
+fn ignored_signals() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
