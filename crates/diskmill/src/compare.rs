@@ -71,7 +71,10 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 1..options.threads.unwrap_or(cpus) {
-            scope.spawn(|| shared.work(a, b));
+            // With fewer threads than planned the work gets done all the same.
+            if std::thread::Builder::new().spawn_scoped(scope, || shared.work(a, b)).is_err() {
+                break;
+            }
         }
         shared.work(a, b);
     });

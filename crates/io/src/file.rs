@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -279,6 +280,14 @@ impl Storage for FileStorage {
             }
             result => result,
         }
+    }
+
+    fn gains_from_allocate(&self) -> bool {
+        let mut stat = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: fstatfs fills the struct that it is given; the descriptor is open.
+        let found = unsafe { libc::fstatfs(self.file.as_raw_fd(), stat.as_mut_ptr()) };
+        // SAFETY: it was filled, since the call succeeded.
+        !self.device && found == 0 && unsafe { stat.assume_init() }.f_type == libc::EXT4_SUPER_MAGIC
     }
 
     fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()> {

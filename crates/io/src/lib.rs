@@ -91,6 +91,13 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Reserves blocks for the range (`fallocate`), growing the length to cover it. `Unsupported` where the
     /// file system cannot.
     fn allocate(&self, at: u64, len: u64) -> io::Result<()>;
+    /// Whether [`allocate`](Self::allocate) before a large write makes the two together faster than the write alone.
+    ///
+    /// On ext4 it does: a write into reserved blocks skips the delayed allocation of each block, which costs as much as
+    /// copying the bytes (measured on Linux 6.18: 10 instead of 5 GB/s).
+    fn gains_from_allocate(&self) -> bool {
+        false
+    }
     /// Shares the blocks of `src[src_at..src_at+len]` at `at` (`FICLONERANGE`).
     /// `Unsupported` (EOPNOTSUPP, EXDEV, EINVAL, ...) where that is not to be had.
     fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()>;

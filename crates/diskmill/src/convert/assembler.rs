@@ -60,8 +60,16 @@ impl WriteOp {
         Self { file, at, what: WriteWhat::Zeroes { len, written } }
     }
 
-    pub(crate) const fn reserve(file: TargetFile, at: u64, len: u64) -> Self {
-        Self { file, at, what: WriteWhat::Reserve { len } }
+    /// Adds blocks to reserve, or makes the last run longer.
+    pub(crate) fn push_reserve(out: &mut Vec<Self>, file: TargetFile, at: u64, len: u64) {
+        if let Some(Self { file: last_file, at: last_at, what: WriteWhat::Reserve { len: last_len } }) =
+            out.last_mut()
+            && (*last_file, *last_at + *last_len) == (file, at)
+        {
+            *last_len += len;
+            return;
+        }
+        out.push(Self { file, at, what: WriteWhat::Reserve { len } });
     }
 
     /// Adds a run of zeros, or makes the last one longer.

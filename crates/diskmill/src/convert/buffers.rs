@@ -16,10 +16,20 @@ pub(super) struct Sizes {
     pub(super) packed: u64,
 }
 
+impl Sizes {
+    /// Buffers that one worker needs at least: one that it fills, one that is being written and, when packing, one to
+    /// pack into.
+    pub(super) const fn per_worker(packs: bool) -> u64 {
+        if packs { 3 } else { 2 }
+    }
+}
+
 /// Batches in flight per worker where the engine is asynchronous.
 const DEPTH: usize = 8;
-/// Buffers that may wait for their turn, per worker.
-const WAITING: usize = 6;
+/// Buffers that may wait for their turn, per worker. Few where nothing is packed: each should be written while its
+/// bytes are still in the processor's cache. More where jobs take unequal times.
+const WAITING: usize = 2;
+const WAITING_PACKED: usize = 6;
 
 /// The conversion's memory: a fixed number of buffers, which are its credits.
 ///
@@ -47,22 +57,28 @@ pub(super) enum Credit {
 }
 
 impl Buffers {
-    pub(super) fn new(planner: &Planner<'_>, options: &ConvertOptions, packs: bool) -> Self {
+    pub(super) fn new(
+        planner: &Planner<'_>,
+        options: &ConvertOptions,
+        packs: bool,
+        asynchronous: bool,
+    ) -> Self {
         let sizes = planner.sizes();
-        // A worker holds a buffer that it fills, one that is being written and, when packing, one to pack into.
         let each = (sizes.job + sizes.packed).max(1);
-        let per_worker = if packs { 3 } else { 2 };
+        let per_worker = Sizes::per_worker(packs);
+        let depth = if asynchronous { DEPTH } else { 1 };
+        let waiting = if packs { WAITING_PACKED } else { WAITING };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let fitting = usize::try_from(options.memory / each / per_worker).unwrap_or(usize::MAX);
         let workers = options.threads.unwrap_or(cpus).min(fitting).max(1);
         let scratch = if packs { workers as u64 } else { 0 };
         let affordable =
             usize::try_from((options.memory / each).saturating_sub(scratch)).unwrap_or(usize::MAX);
-        let count = affordable.clamp(2, workers.saturating_mul(DEPTH + WAITING).max(2));
+        let count = affordable.clamp(2, workers.saturating_mul(depth + waiting).max(2));
         Self {
             sizes,
             workers,
-            depth: (count / workers).clamp(1, DEPTH),
+            depth: (count / workers).clamp(1, depth),
             state: Mutex::new(State { free: Vec::new(), unmade: count, stopped: false }),
             changed: Condvar::new(),
         }

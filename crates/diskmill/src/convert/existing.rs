@@ -39,6 +39,9 @@ pub(super) fn adopt_qcow2(path: &Path, options: &mut Qcow2Options) -> Result<u64
         return Err(holds("an external data file"));
     }
     crate::qcow2::refuse_encryption(&info.area.header)?;
+    if info.area.backing_name.as_ref().is_some_and(|name| std::str::from_utf8(name).is_err()) {
+        return Err(holds("the name of a backing file that is not UTF-8"));
+    }
     *options = options_of(info);
     if allocates(&image)?.ok_or_else(|| holds("data"))? {
         options.preallocation = Preallocation::Metadata;

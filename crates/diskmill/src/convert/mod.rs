@@ -142,11 +142,11 @@ pub fn convert<'a>(
     let packer = options.packer(&*assembler)?;
     let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
     let planner = Planner::new(input, &*assembler, &options)?;
-    let buffers = Buffers::new(&planner, &options, packer.is_some());
+    let buffers = Buffers::new(&planner, &options, packer.is_some(), plan.kind != "sync");
     let threads = buffers.workers();
 
     let shared = Shared {
-        depth: if plan.kind == "sync" { 1 } else { buffers.depth() },
+        depth: buffers.depth(),
         planner: planner.into(),
         placer: Placer::new(assembler, &target, plan.kind != "sync" && wants_uring),
         buffers,
@@ -197,17 +197,27 @@ pub fn convert<'a>(
     })
 }
 
-/// The ranges in order, neighbours joined (under the reason of the first).
+impl BadRange {
+    /// Adds it to the list, or makes the last range longer if it touches that.
+    fn add_to(self, ranges: &mut Vec<Self>) {
+        if let Some(last) = ranges.last_mut()
+            && (last.start..=last.start + last.len).contains(&self.start)
+        {
+            last.len = last.len.max(self.start + self.len - last.start);
+            return;
+        }
+        ranges.push(self);
+    }
+}
+
+/// The ranges in order, those that touch or overlap joined (under the reason of the first).
 fn merged(mut ranges: Vec<BadRange>) -> Vec<BadRange> {
     ranges.sort_by_key(|range| range.start);
-    ranges.dedup_by(|next, last| {
-        let joins = last.start + last.len == next.start;
-        if joins {
-            last.len += next.len;
-        }
-        joins
-    });
-    ranges
+    let mut joined = Vec::new();
+    for range in ranges {
+        range.add_to(&mut joined);
+    }
+    joined
 }
 
 fn is_on_device(image: &Image) -> bool {

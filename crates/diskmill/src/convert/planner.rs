@@ -6,7 +6,7 @@ use diskmill_io::{Buf, Piece, PipeReader};
 
 use super::buffers::Sizes;
 use super::{Assembler, BadRange, ConvertOptions, Input};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::layout::{Extent, MapError, Source};
 use crate::vmdk::VmdkStream;
@@ -67,8 +67,6 @@ pub(super) struct PackedPart {
     pub(super) payload: Range<usize>,
     /// Host offset of the payload, for messages.
     pub(super) host: u64,
-    /// Source image, for messages.
-    pub(super) image: usize,
     pub(super) unit: usize,
     pub(super) skip: usize,
     pub(super) codec: Codec,
@@ -119,7 +117,8 @@ impl<'a> Planner<'a> {
             Input::VmdkStream(stream) => stream.grain_bytes(),
         };
         let unit = assembler.unit();
-        let job = JOB.max(unit).max(packed_unit);
+        // Jobs begin at multiples of this, which must be ones of the unit.
+        let job = JOB.max(unit).max(packed_unit.next_power_of_two());
         let source = match input {
             Input::Stream(pipe) => SourceWalk::Stream { pipe, at: 0, ended: false },
             Input::VmdkStream(stream) => SourceWalk::Vmdk { stream, at: 0 },
@@ -148,7 +147,19 @@ impl<'a> Planner<'a> {
         let packed = if packed_unit == 0 { 0 } else { 2 * job + 4 * packed_unit };
         // What is packed goes into a buffer of the same size, and frames may be larger than their units.
         let framed = assembler.frame().map_or(0, |frame| job / unit * frame.room(unit as usize) as u64);
-        let packed = packed.max(framed.saturating_sub(job));
+        let least = framed.saturating_sub(job);
+        // As many buffers as one worker needs must fit; payloads without room are read by themselves.
+        let packs = options.compress.is_some() || assembler.frame().is_some();
+        let room = (options.memory / Sizes::per_worker(packs)).checked_sub(job).filter(|&room| room >= least);
+        let Some(room) = room else {
+            let need = (job + least) * Sizes::per_worker(packs);
+            return Err(Error::new(
+                Kind::Limit,
+                format!("{} bytes of memory do not suffice for this conversion", options.memory),
+            )
+            .hint(format!("its units need --memory {need}")));
+        };
+        let packed = packed.max(least).min(room);
         let sizes = Sizes { unit, job, packed };
         Ok(Self { source, next_seq: 0, sizes, allocate_all: options.granule() == 0 })
     }
@@ -272,7 +283,7 @@ impl ImageWalk<'_> {
             }
             Err(MapError { error, len }) if self.salvage => {
                 let end = at.saturating_add(len).min(base + image.size());
-                self.bad.push(BadRange { start: at, len: end - at, reason: error.to_string() });
+                BadRange { start: at, len: end - at, reason: error.to_string() }.add_to(&mut self.bad);
                 let extent =
                     Extent { guest: at..end, source: Source::Zero, depth: 0, present: true, zero_host: None };
                 Ok((index, extent))
@@ -318,7 +329,6 @@ impl ImageWalk<'_> {
                             piece,
                             payload,
                             host: host.get(),
-                            image: index,
                             unit: unit as usize,
                             skip: skip as usize,
                             codec,
@@ -420,7 +430,6 @@ fn load_grains(
             piece: 0,
             payload: room..room + payload.len,
             host: payload.host,
-            image: 0,
             unit: payload.unit,
             skip: 0,
             codec: Codec::Zlib,

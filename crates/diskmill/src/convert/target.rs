@@ -2,6 +2,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_io::{
@@ -20,6 +21,11 @@ use crate::probe::Format;
 use crate::qcow2::{Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::vmdk::VmdkOptions;
 
+/// Writes of at least this many bytes have their blocks reserved first, where that pays.
+const RESERVE_FROM: usize = 64 << 10;
+/// Bytes at the start of a device that are cleared before an image with a header of its own is written to it.
+const OLD_HEADER: u64 = 4096;
+
 /// The output's files.
 pub(super) struct Target {
     main: Main,
@@ -28,10 +34,12 @@ pub(super) struct Target {
     path: PathBuf,
     /// Old bytes may be there.
     dirty: bool,
+    /// Reserving blocks before writing them makes it faster.
+    reserve_first: AtomicBool,
     /// The disk's size is at least this: that of the image that is being filled.
     least_size: u64,
     /// Held until the output has its name, so that nobody begins to use the old file meanwhile.
-    _lock: Option<ImageLock>,
+    _locks: Vec<ImageLock>,
 }
 
 enum Main {
@@ -64,8 +72,9 @@ impl Target {
                     others: Vec::new(),
                     path: PathBuf::from("-"),
                     dirty: false,
+                    reserve_first: AtomicBool::new(false),
                     least_size: 0,
-                    _lock: None,
+                    _locks: Vec::new(),
                 });
             }
         };
@@ -87,7 +96,17 @@ impl Target {
             TargetFormat::Qcow2(qcow2) if !options.create => {
                 least_size = adopt_qcow2(&path, qcow2)?;
                 fits(least_size, size)?;
+                // The last cluster is written whole, and would hide what the backing file has behind the source's end.
+                let inside = |size: u64| size < least_size && !size.is_multiple_of(qcow2.cluster_size);
+                if qcow2.backing_file.is_some() && size.is_none_or(inside) {
+                    return Err(Error::unsupported(
+                        "filling (-n) an image that has a backing file from a source that ends inside a cluster",
+                    ));
+                }
                 qcow2.check(options.compress.is_some())?;
+            }
+            TargetFormat::Qcow2(qcow2) if device && qcow2.data_file.is_some() => {
+                return Err(Error::unsupported("an external data file of an image on a device"));
             }
             TargetFormat::Qcow2(qcow2) => check_backing(qcow2, &path, sources)?,
             TargetFormat::Raw(_) => {}
@@ -103,10 +122,8 @@ impl Target {
         if device || (!options.create && matches!(options.format, TargetFormat::Raw(_))) {
             return Self::existing(path, options, size, least_size);
         }
-        let lock = match &meta {
-            Some(meta) if meta.is_file() => lock_old(&path)?,
-            _ => None,
-        };
+        let mut locks = Vec::new();
+        locks.extend(lock_old(&path)?);
         let create = |path: &Path| {
             PendingFile::create_with(path, options.direct)
                 .map_err(|error| Error::io("cannot create", error).of(path))
@@ -123,6 +140,7 @@ impl Target {
                     return Err(Error::invalid("the external data file and the image are one file"));
                 }
                 refuse_source(std::fs::metadata(&data).ok().as_ref(), sources)?;
+                locks.extend(lock_old(&data)?);
                 let pending = create(&data)?;
                 others.push((pending.storage(), pending));
             }
@@ -130,6 +148,7 @@ impl Target {
                 for name in vmdk.extent_files(file_name(&path), size)? {
                     let extent = path.with_file_name(OsStr::from_bytes(&name));
                     refuse_source(std::fs::metadata(&extent).ok().as_ref(), sources)?;
+                    locks.extend(lock_old(&extent)?);
                     let pending = create(&extent)?;
                     others.push((pending.storage(), pending));
                 }
@@ -144,13 +163,15 @@ impl Target {
                 .allocate(0, size)
                 .map_err(|error| Error::io("cannot reserve the space", error))?;
         }
+        let reserve_first = AtomicBool::new(pending.storage().gains_from_allocate() && !options.direct);
         Ok(Self {
             main: Main::Pending(pending.storage(), pending),
             others,
             path,
             dirty: false,
+            reserve_first,
             least_size,
-            _lock: lock,
+            _locks: locks,
         })
     }
 
@@ -164,8 +185,23 @@ impl Target {
         if matches!(options.format, TargetFormat::Raw(_)) {
             fits(len, size)?;
         }
+        if !matches!(options.format, TargetFormat::Raw(_)) {
+            // Until the new header is there, an old one must not make an image of what is half overwritten.
+            storage
+                .write_zeroes(0, OLD_HEADER, true)
+                .and_then(|()| storage.sync())
+                .map_err(|error| Error::io("cannot clear the old header", error))?;
+        }
         let dirty = !options.target_is_zero;
-        Ok(Self { main: Main::Existing(storage), others: Vec::new(), path, dirty, least_size, _lock: lock })
+        Ok(Self {
+            main: Main::Existing(storage),
+            others: Vec::new(),
+            path,
+            dirty,
+            reserve_first: AtomicBool::new(false),
+            least_size,
+            _locks: lock.into_iter().collect(),
+        })
     }
 
     /// Lays out what this output is to hold.
@@ -254,6 +290,14 @@ impl Target {
             }
             WriteWhat::Reserve { len } => storage.allocate(op.at, *len).map_err(failed),
             WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
+                if data.len() >= RESERVE_FROM && self.reserve_first.load(Relaxed) {
+                    match storage.allocate(op.at, data.len() as u64) {
+                        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
+                            self.reserve_first.store(false, Relaxed);
+                        }
+                        reserved => reserved.map_err(failed)?,
+                    }
+                }
                 write_all(&storage, data, op.at).map_err(failed)?;
                 monitor.add_written(data.len() as u64);
                 Ok(())
@@ -388,6 +432,9 @@ fn acquire(storage: &SharedStorage) -> Result<Option<ImageLock>> {
 
 /// The file that will be replaced must not be in use: its user would go on with a file that has no name any more.
 fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
+    if !std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) {
+        return Ok(None);
+    }
     match FileStorage::open(path, &OpenHow { read: true, ..OpenHow::default() }) {
         Ok(old) => {
             let old: SharedStorage = Arc::new(old);
@@ -395,6 +442,16 @@ fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
         }
         // Unreadable for us: whether it can be replaced is seen when that is tried.
         Err(_) => Ok(None),
+    }
+}
+
+/// An output cannot be its own backing file.
+fn refuse_itself(backing: &Path, output: &Path) -> Result<()> {
+    match (std::fs::metadata(backing), std::fs::metadata(output)) {
+        (Ok(one), Ok(other)) if same(&one, &other) => {
+            Err(Error::invalid("the output and its backing file are one file"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -410,6 +467,7 @@ fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Re
         return Err(Error::invalid("an output with a backing file takes exactly one source image"));
     }
     let parent = resolve(name.as_bytes(), path, "backing file")?;
+    refuse_itself(&parent, path)?;
     let open = OpenOptions {
         format: Some(Format::Vmdk),
         // The user named it, and only its CID is looked at.
@@ -436,6 +494,7 @@ fn check_backing(options: &mut Qcow2Options, path: &Path, sources: &[Image]) -> 
         return Err(Error::invalid("an output with a backing file takes exactly one source image"));
     }
     let backing = resolve(name.as_bytes(), path, "backing file")?;
+    refuse_itself(&backing, path)?;
     let open = OpenOptions {
         format: options.backing_format.as_deref().map(str::parse).transpose()?,
         // The user named it, and only its size and format are looked at.

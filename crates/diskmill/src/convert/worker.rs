@@ -77,6 +77,15 @@ pub(super) struct Worker<'s, 'a> {
     exhausted: bool,
 }
 
+impl Drop for Worker<'_, '_> {
+    /// A worker that panics must not leave the others waiting for its buffers.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.shared.buffers.stop();
+        }
+    }
+}
+
 impl<'s, 'a> Worker<'s, 'a> {
     pub(super) fn new(shared: &'s Shared<'a>) -> Self {
         Self {
@@ -158,6 +167,10 @@ impl<'s, 'a> Worker<'s, 'a> {
                     self.deposit(seq, Filled { guest, kind: FilledKind::Skip })?;
                 }
                 Work::Loaded => {
+                    if self.shared.whole_units {
+                        let len = (guest.end - guest.start) as usize;
+                        zero(&mut buf, len..len.next_multiple_of(self.shared.buffers.sizes().unit as usize));
+                    }
                     self.shared.monitor.add_read(guest.end - guest.start);
                     self.pass_on(seq, guest, buf, &[])?;
                 }
@@ -233,7 +246,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             }
         }
         self.reread_payloads(&batch, &job, &bad_pieces, &mut buf);
-        let passes = self.unpack(&guest, &job, &mut buf)?;
+        let passes = self.unpack(&guest, &batch, &job, &mut buf)?;
         for (image, extent, dst) in &job.slow {
             let Some(source) = self.shared.sources.get(*image) else { continue };
             let Some(part) = buf.get_mut(dst.clone()) else { continue };
@@ -282,7 +295,7 @@ impl<'s, 'a> Worker<'s, 'a> {
 
     fn report(&self, guest: &Range<u64>, dst: &Range<usize>, reason: String) {
         let range = BadRange { start: guest.start + dst.start as u64, len: dst.len() as u64, reason };
-        self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+        range.add_to(&mut self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Reads a piece of plain data again in small steps, so that only what is really lost is given up.
@@ -313,7 +326,7 @@ impl<'s, 'a> Worker<'s, 'a> {
     }
 
     /// Unpacks the job's payloads into the guest area. Returns those that may be passed on as they are.
-    fn unpack(&mut self, guest: &Range<u64>, job: &Job, buf: &mut Buf) -> Result<Vec<Pass>> {
+    fn unpack(&mut self, guest: &Range<u64>, batch: &Batch, job: &Job, buf: &mut Buf) -> Result<Vec<Pass>> {
         let job_len = self.shared.buffers.sizes().job as usize;
         self.partial.0 = None;
         let unit_size = self.shared.buffers.sizes().unit as usize;
@@ -360,14 +373,8 @@ impl<'s, 'a> Worker<'s, 'a> {
             if let Err(error) = unpacked {
                 dst.fill(0);
                 let error = Error::corrupt("compressed cluster", Some(part.host), error.to_string());
-                let path = self
-                    .shared
-                    .sources
-                    .get(part.image)
-                    .and_then(|image| image.chain().next())
-                    .map(|(path, _)| path);
-                let error = match path {
-                    Some(path) => error.of(path),
+                let error = match batch.pieces.get(part.piece) {
+                    Some(piece) => self.named(error, piece),
                     None => error,
                 };
                 self.bad(guest, &part.dst, error)?;

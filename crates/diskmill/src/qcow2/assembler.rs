@@ -134,9 +134,10 @@ impl Qcow2Assembler {
     fn reserve(&self, host: u64, len: u64, out: &mut Vec<WriteOp>) {
         let file = self.data_file();
         match self.options.preallocation {
-            Preallocation::Full => out.push(WriteOp::zeroes(file, host, len, true)),
-            Preallocation::Falloc => out.push(WriteOp::reserve(file, host, len)),
-            _ if self.dirty_target => out.push(WriteOp::zeroes(file, host, len, false)),
+            Preallocation::Full => WriteOp::push_zeroes(out, file, host, len, true),
+            // A device has nothing to reserve, and its old bytes must not show.
+            _ if self.dirty_target => WriteOp::push_zeroes(out, file, host, len, false),
+            Preallocation::Falloc => WriteOp::push_reserve(out, file, host, len),
             _ => {}
         }
     }

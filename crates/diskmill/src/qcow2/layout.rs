@@ -91,9 +91,16 @@ impl Qcow2Layout {
             let byte = (index + count) * 8;
             let slice_at = byte / SLICE * SLICE;
             let whole = self.geometry.l1_entries(self.info.virtual_size) * 8;
-            let slice = self.tables.slice(self.l1_offset + slice_at, SLICE.min(whole - slice_at)).map_err(
-                |error| self.damaged(error, "L1 table".to_owned(), self.l1_offset, self.geometry.l2_span()),
-            )?;
+            let slice_len = SLICE.min(whole - slice_at);
+            let slice = match self.tables.slice(self.l1_offset + slice_at, slice_len) {
+                Ok(slice) => slice,
+                Err(_) if count > 0 => break,
+                Err(error) => {
+                    // All that this piece of the table maps is lost with it.
+                    let lost = (slice_at + slice_len - byte) / 8 * self.geometry.l2_span();
+                    return Err(self.damaged(error, "L1 table".to_owned(), self.l1_offset + byte, lost));
+                }
+            };
             let (entries, _) = slice.as_chunks::<8>();
             for raw in entries.iter().skip(((byte - slice_at) / 8) as usize) {
                 let raw = u64::from_be_bytes(*raw);
@@ -131,10 +138,12 @@ impl Qcow2Layout {
         let slice_at = byte / SLICE * SLICE;
         let cluster = self.geometry.cluster_size();
         let position = table.get() + byte;
-        let slice = self
-            .tables
-            .slice(table.get() + slice_at, SLICE.min(cluster - slice_at))
-            .map_err(|error| self.damaged(error, format!("L2 table {l1_index}"), table.get(), cluster))?;
+        let slice_len = SLICE.min(cluster - slice_at);
+        let slice = self.tables.slice(table.get() + slice_at, slice_len).map_err(|error| {
+            // All that this piece of the table maps is lost with it.
+            let lost = (slice_at + slice_len - byte) / size * cluster;
+            self.damaged(error, format!("L2 table {l1_index}"), table.get(), lost)
+        })?;
         self.entries.decode(&slice, ((byte - slice_at) / size) as usize).map_err(|why| {
             let error = Error::new(Kind::Corrupt, why);
             self.damaged(error, format!("L2 table {l1_index}, entry {index}"), position, cluster)
@@ -249,10 +258,10 @@ impl Layout for Qcow2Layout {
         let cluster_size = geometry.cluster_size();
         let within = guest % cluster_size;
         let mut index = geometry.l2_index(guest);
-        let cut = |error: MapError| MapError { len: error.len.min(cluster_size - within).min(max), ..error };
-        let first = self.cluster(l1_index, table, index).map_err(cut)?;
+        let cut = |error: MapError, skip: u64| MapError { len: (error.len - skip).min(max), ..error };
+        let first = self.cluster(l1_index, table, index).map_err(|error| cut(error, within))?;
         let first = self.in_cluster(first, within);
-        let mut run = self.within_file(first, l1_index, index).map_err(cut)?;
+        let mut run = self.within_file(first, l1_index, index).map_err(|error| cut(error, 0))?;
         if matches!(run.source, LayerSource::Data(Source::Packed { .. })) {
             return Ok(LayerExtent { len: run.len.min(max), ..run });
         }
