@@ -61,8 +61,8 @@ impl Qcow2Info {
 /// The persistent bitmaps of the image in `file`; none if the image says that they are out of date.
 ///
 /// # Errors
-/// [`Kind::Corrupt`](crate::Kind::Corrupt) or [`Kind::Limit`](crate::Kind::Limit) for a bad directory;
-/// [`Kind::Io`](crate::Kind::Io).
+/// [`Kind::Corrupt`] or [`Kind::Limit`] for a bad directory;
+/// [`Kind::Io`].
 pub fn read_bitmaps(info: &Qcow2Info, file: &dyn Storage, limits: &Limits) -> Result<Vec<Bitmap>> {
     let Some((count, at, len)) = info.area.extensions.bitmaps else { return Ok(Vec::new()) };
     if info.area.header.autoclear & feature::BITMAPS == 0 {

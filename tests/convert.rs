@@ -1,0 +1,162 @@
+//! Corners of `convert` that once went wrong, or easily could.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use diskmill_testkit::content::{Pattern, fill};
+use diskmill_testkit::{Oracle, Tool, scratch, steps};
+
+fn diskmill() -> Tool {
+    Tool::under_test(env!("CARGO_BIN_EXE_diskmill"))
+}
+
+const MIB: usize = 1 << 20;
+
+#[test]
+fn what_a_pipe_fills_is_the_same_each_time() {
+    let dir = scratch();
+    let bytes = fill(Pattern::Random, 7, 9 * MIB + 512);
+    let through_pipe = |name: &str, threads: &str| {
+        let target = dir.path().join(name);
+        let args =
+            ["convert", "--threads", threads, "-f", "raw", "-O", "qcow2", "-", target.to_str().unwrap()];
+        diskmill().cmd(args).stdin_bytes(bytes.clone()).ok();
+        std::fs::read(target).unwrap()
+    };
+    let first = through_pipe("a.qcow2", "1");
+    for run in 0..4 {
+        assert!(through_pipe("b.qcow2", "2") == first, "run {run}: stale bytes behind the end of the source");
+    }
+    let Some(qemu) = Oracle::find(dir.path()) else { return };
+    qemu.check_clean("a.qcow2");
+    assert!(qemu.content("a.qcow2", "qcow2") == bytes);
+}
+
+#[test]
+fn an_image_is_not_its_own_backing_file() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("flat.raw"), fill(Pattern::Random, 7, MIB)).unwrap();
+    diskmill().cmd(["convert", "-O", "qcow2", &path("flat.raw"), &path("base.qcow2")]).ok();
+    let before = std::fs::read(path("base.qcow2")).unwrap();
+    diskmill()
+        .cmd([
+            "convert",
+            "-O",
+            "qcow2",
+            "-B",
+            "base.qcow2",
+            "-F",
+            "qcow2",
+            &path("flat.raw"),
+            &path("base.qcow2"),
+        ])
+        .fails(1)
+        .says(&["one file"]);
+    assert!(std::fs::read(path("base.qcow2")).unwrap() == before);
+}
+
+#[test]
+fn an_empty_image_is_filled_and_a_used_one_is_not() {
+    let dir = scratch();
+    let Some(qemu) = Oracle::find(dir.path()) else { return };
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let bytes = fill(Pattern::Text, 7, MIB + 512);
+    std::fs::write(path("a.raw"), &bytes).unwrap();
+    qemu.create("t.qcow2", "cluster_size=4k,refcount_bits=8", 4 * MIB as u64);
+    diskmill().cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("t.qcow2")]).ok();
+    qemu.check_clean("t.qcow2");
+    let info = qemu.info("t.qcow2");
+    assert_eq!(
+        (info["cluster-size"].as_u64(), info["virtual-size"].as_u64()),
+        (Some(4096), Some(4 * MIB as u64))
+    );
+    assert!(qemu.content("t.qcow2", "qcow2")[..bytes.len()] == bytes);
+
+    diskmill()
+        .cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("t.qcow2")])
+        .fails(1)
+        .says(&["-n", "data"]);
+    qemu.create("small.qcow2", "", MIB as u64);
+    diskmill().cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("small.qcow2")]).fails(1);
+
+    // Behind the source's end a backing file would show, but the last cluster is written whole.
+    qemu.create_over("over.qcow2", "", 4 * MIB as u64, ("t.qcow2", "qcow2"));
+    diskmill()
+        .cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("over.qcow2")])
+        .fails(1)
+        .says(&["backing file", "inside a cluster"]);
+}
+
+#[test]
+fn packed_clusters_are_taken_over_and_right() {
+    let dir = scratch();
+    let Some(qemu) = Oracle::find(dir.path()) else { return };
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let mut bytes = fill(Pattern::Text, 7, 6 * MIB + 1536);
+    bytes[2 * MIB..3 * MIB].fill(0);
+    bytes[4 * MIB..5 * MIB].copy_from_slice(&fill(Pattern::Random, 7, MIB));
+    std::fs::write(path("a.raw"), &bytes).unwrap();
+    for codec in ["zlib", "zstd"] {
+        let option = format!("compression_type={codec}");
+        qemu.img(["convert", "-c", "-O", "qcow2", "-o", &option, "a.raw", "packed.qcow2"]).ok();
+        let args = [
+            "convert",
+            "--json",
+            "-c",
+            "-O",
+            "qcow2",
+            "-o",
+            &option,
+            &path("packed.qcow2"),
+            &path("again.qcow2"),
+        ];
+        let passed = diskmill().cmd(args).ok().json()["bytes-passed-packed"].as_u64().unwrap();
+        assert!(passed >= 4 * MIB as u64, "{codec}: {passed} bytes taken over");
+        qemu.check_clean("again.qcow2");
+        assert!(qemu.content("again.qcow2", "qcow2") == bytes, "{codec}");
+        let anew = diskmill().cmd(args).arg("--recompress").ok().json()["bytes-passed-packed"].as_u64();
+        assert_eq!(anew, Some(0), "{codec}");
+    }
+    // The same deflate stream out of one wrapper and into the other.
+    diskmill()
+        .cmd(["convert", "-O", "vmdk", "-o", "subformat=streamOptimized", &path("a.raw"), &path("a.vmdk")])
+        .ok();
+    let args = ["convert", "--json", "-c", "-O", "qcow2", &path("a.vmdk"), &path("from.qcow2")];
+    assert!(diskmill().cmd(args).ok().json()["bytes-passed-packed"].as_u64() >= Some(4 * MIB as u64));
+    qemu.check_clean("from.qcow2");
+    assert!(qemu.content("from.qcow2", "qcow2")[..bytes.len()] == bytes);
+    let target = path("to.vmdk");
+    let args =
+        ["convert", "--json", "-O", "vmdk", "-o", "subformat=streamOptimized", &path("from.qcow2"), &target];
+    assert!(diskmill().cmd(args).ok().json()["bytes-passed-packed"].as_u64() >= Some(4 * MIB as u64));
+    assert!(qemu.content("to.vmdk", "vmdk")[..bytes.len()] == bytes);
+}
+
+#[test]
+fn bad_ranges_are_counted_once() {
+    let dir = scratch();
+    let Some(qemu) = Oracle::find(dir.path()) else { return };
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    qemu.create("a.qcow2", "cluster_size=4k", 8 * MIB as u64);
+    qemu.write("a.qcow2", "qcow2", &steps(1, 8 * MIB as u64, 4096, 60, true));
+    let whole = std::fs::metadata(path("a.qcow2")).unwrap().len();
+    for cut in [whole / 3, whole / 2, whole / 3 * 2] {
+        let bytes = std::fs::read(path("a.qcow2")).unwrap();
+        std::fs::write(path("cut.qcow2"), &bytes[..cut as usize]).unwrap();
+        let args = ["convert", "--json", "--salvage", &path("cut.qcow2"), &path("out.raw")];
+        let outcome = diskmill().cmd(args).run();
+        if outcome.code == Some(1) {
+            // Even the first table is gone.
+            continue;
+        }
+        let json = outcome.expect_code(3).json();
+        let ranges: Vec<(u64, u64)> = json["bad-ranges"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap()))
+            .collect();
+        assert!(!ranges.is_empty());
+        assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "{ranges:?}");
+        assert!(ranges.iter().all(|(start, len)| start + len <= 8 * MIB as u64), "{ranges:?}");
+    }
+}
