@@ -135,6 +135,11 @@ fn large_disks_are_split_where_vmware_splits_them() {
         if let Some(oracle) = &place.oracle {
             oracle.img(args!["compare", "-f", "raw", "-F", "vmdk", "a.raw", "b.vmdk"]).ok();
         }
+        if kind == "twoGbMaxExtentSparse" {
+            // One extent alone is not the disk.
+            let told = diskmill().cmd(["info", "b-s001.vmdk"]).dir(place.dir.path()).ok().err();
+            assert!(told.contains("warning") && told.contains("without its descriptor"), "{told}");
+        }
         let letter = if kind == "twoGbMaxExtentSparse" { 's' } else { 'f' };
         let parts = (1..9).filter(|n| place.path(&format!("b-{letter}00{n}.vmdk")).exists()).count();
         assert_eq!(parts, if kind.starts_with("twoGb") { 3 } else { 0 }, "{kind}");
@@ -259,6 +264,22 @@ fn archives_are_written_and_read_back() {
     use diskmill::ova::Outcome;
     let checks = diskmill::ova::verify(place.path("vm.ova"), &diskmill::Limits::default()).unwrap();
     assert!(checks.iter().all(|check| check.outcome == Outcome::Same) && checks.len() == 2, "{checks:?}");
+
+    let run = |line: &[&str]| diskmill().cmd(line).dir(place.dir.path());
+    run(&["convert", "--verify", "vm.ova", "verified.raw"]).ok();
+    run(&["info", "--verify", "vm.ova"]).ok();
+    let mut forged = place.read("vm.ova");
+    // In the name of the machine: nothing but the manifest tells.
+    let at = forged.windows(6).position(|window| window == b"<Name>").unwrap();
+    forged[at + 6] ^= 1;
+    std::fs::write(place.path("forged.ova"), forged).unwrap();
+    for line in [&["convert", "--verify", "forged.ova", "x.raw"][..], &["info", "--verify", "forged.ova"]] {
+        let outcome = run(line).fails(1);
+        assert!(outcome.err().contains("\"vm.ovf\" has another digest"), "{outcome}");
+        assert!(outcome.stdout.is_empty() && !place.path("x.raw").exists());
+    }
+    run(&["convert", "forged.ova", "x.raw"]).ok();
+    run(&["convert", "--verify", "a.raw", "y.raw"]).fails(1);
 }
 
 #[test]

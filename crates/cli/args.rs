@@ -147,6 +147,10 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) salvage: bool,
 
+    /// First check all files of the sources, which must be OVAs, against their manifests
+    #[arg(long)]
+    pub(crate) verify: bool,
+
     /// Pack everything anew, even clusters that the source has packed in a way that the target can take over
     #[arg(long)]
     pub(crate) recompress: bool,
@@ -172,6 +176,10 @@ pub(crate) struct InfoArgs {
     /// Also show the backing file, its backing file, and so on
     #[arg(short = 'b', long)]
     pub(crate) backing_chain: bool,
+
+    /// First check all files of the image, which must be an OVA, against its manifest
+    #[arg(long)]
+    pub(crate) verify: bool,
 
     #[command(flatten)]
     pub(crate) open: OpenArgs,

@@ -16,6 +16,7 @@ use crate::exit::{Exit, Failure};
 use crate::options;
 use crate::progress::Progress;
 use crate::signals::Watch;
+use crate::verify::verify;
 
 /// Bad ranges that are listed on standard error; all of them stand in the JSON result.
 const LISTED_RANGES: usize = 20;
@@ -52,6 +53,9 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
             _ => Input::Stream(pipe),
         }
     } else {
+        if args.verify {
+            sources.iter().try_for_each(|source| verify(source))?;
+        }
         let open = open_options(&args);
         images = sources.iter().map(|path| Image::open(path, &open)).collect::<Result<_, _>>()?;
         Input::Images(&images)
@@ -131,6 +135,7 @@ fn check_stdin(args: &ConvertArgs, sources: &[PathBuf]) -> Result<(), Failure> {
     let wrong = match args.source_format {
         _ if sources.len() > 1 => "it cannot be joined with other sources".to_owned(),
         _ if args.snapshot.is_some() => "it has no snapshots".to_owned(),
+        _ if args.verify => "it has no manifest to verify".to_owned(),
         Some(Format::Raw | Format::Vmdk) | None => return Ok(()),
         Some(format) => format!("it is read as raw or vmdk; save {format} to a file first"),
     };

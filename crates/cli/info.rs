@@ -16,8 +16,12 @@ use crate::json::qemu_style;
 use crate::names::{chain_names, resolved, shown};
 use crate::size::human_size;
 use crate::snapshots;
+use crate::verify::verify;
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
+    if args.verify {
+        verify(&args.file)?;
+    }
     let options = OpenOptions { metadata_only: !args.backing_chain, ..args.open.options(args.format) };
     let image = Image::open(&args.file, &options)?;
     let layers: Vec<Layer<'_>> = chain_names(&image, &args.file)
@@ -34,6 +38,9 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
         }
     };
     io::stdout().write_all(text.as_bytes())?;
+    for warning in image.warnings() {
+        eprintln!("diskmill: warning: {warning}");
+    }
     Ok(Exit::Done)
 }
 

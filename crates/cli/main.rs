@@ -14,6 +14,7 @@ mod progress;
 mod signals;
 mod size;
 mod snapshots;
+mod verify;
 
 use std::process::ExitCode;
 

@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use diskmill_format::{FormatError, Problem};
 
+/// `EMFILE` of Linux on all architectures: the process has too many open files.
+const EMFILE: i32 = 24;
+
 /// What kind of failure an [`Error`] is, for callers that act on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -62,6 +65,10 @@ impl Error {
 
     pub(crate) fn io(doing: impl Into<String>, source: io::Error) -> Self {
         let mut error = Self::new(Kind::Io, doing);
+        if source.raw_os_error() == Some(EMFILE) {
+            error =
+                error.hint("`ulimit -n` sets how many files may be open: each extent of a split disk is one");
+        }
         error.0.source = Some(source);
         error
     }

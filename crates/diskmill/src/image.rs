@@ -307,10 +307,11 @@ impl<'a> Opener<'a> {
         let storage =
             FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
         let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
-        if let Some(root) = root
-            && let Ok(real) = std::fs::read_link(format!("/proc/self/fd/{}", storage.file().as_raw_fd()))
-        {
-            self.options.policy.check(&real, root, "file")?;
+        if let Some(root) = root {
+            // Without /proc there is still its kind to look at.
+            let real = std::fs::read_link(format!("/proc/self/fd/{}", storage.file().as_raw_fd()));
+            let real = real.unwrap_or_else(|_| path.to_owned());
+            self.options.policy.check_open(&real, &meta, root, "file")?;
         }
         let identity = (meta.dev(), meta.ino());
         if self.seen.contains(&identity) {
@@ -347,7 +348,14 @@ impl<'a> Opener<'a> {
             None => {
                 let mut start = vec![0; PROBE_BYTES];
                 let got = read_full(&*storage, &mut start, 0)?;
-                Format::probe(start.get(..got).unwrap_or_default())
+                let start = start.get(..got).unwrap_or_default();
+                match Format::probe(start) {
+                    // Only the image that the user named is called what the user called it.
+                    Format::Raw if self.image.layers.is_empty() && crate::ova::is_called(&path, start) => {
+                        Format::Ova
+                    }
+                    probed => probed,
+                }
             }
         };
         let id = self.file_id(&storage, &path);
@@ -394,6 +402,9 @@ impl<'a> Opener<'a> {
                     "the name of the external data file is missing",
                 ));
             };
+            if self.archived {
+                return Err(Error::unsupported("an external data file of a disk inside an archive"));
+            }
             let named = resolve(name, path, "external data file")?;
             let data_path = self.options.policy.check(&named, root, "external data file")?;
             let data = self.open_file(&data_path, Some(root))?;
@@ -485,7 +496,7 @@ impl Opener<'_> {
         // The disk inside takes the archive's place among the files.
         self.image.files.clear();
         let disk = crate::ova::open(archive, self.options)?;
-        match self.layer(disk, path, None, None, root)? {
+        match self.layer(disk.storage, path, Some(disk.format), None, root)? {
             Some(Next { path, .. }) => {
                 Err(Error::unsupported(format!("the backing file {path:?} of a disk inside an archive")))
             }

@@ -42,6 +42,8 @@ pub struct Limits {
     pub tar_members: u32,
     /// Largest extended header of a tar member (pax records, GNU long name), in bytes.
     pub tar_extension_bytes: u64,
+    /// Most bytes that a compressed disk of an OVA may unpack to; they go to a temporary file.
+    pub spool_bytes: u64,
 }
 
 impl Default for Limits {
@@ -66,6 +68,7 @@ impl Default for Limits {
             manifest_bytes: MIB,
             tar_members: 65_536,
             tar_extension_bytes: MIB,
+            spool_bytes: 64 << 30,
         }
     }
 }

@@ -5,7 +5,7 @@
 //!   through plain positioned system calls. One engine per worker thread.
 //! * holes, zero ranges and clones, as methods of [`Storage`]; [`ImageLock`]s that QEMU understands.
 //! * [`PipeReader`] and [`PipeWriter`]: streams, front to back.
-//! * [`PendingFile`]: output that appears under its name only when it is whole.
+//! * [`PendingFile`]: output that appears under its name only when it is whole; [`temporary`]: a file without a name.
 //!
 //! This is the only crate of the workspace with `unsafe` code. It knows nothing of image formats.
 
@@ -23,6 +23,7 @@ mod memory;
 mod pipe;
 mod publish;
 mod sys;
+mod temporary;
 
 pub use buf::{BUF_ALIGN, Buf};
 pub use engine::{EngineChoice, EnginePlan, SyncEngine, UringEngine};
@@ -32,6 +33,7 @@ pub use lock::{ImageLock, LockError, LockMode};
 pub use memory::MemoryStorage;
 pub use pipe::{PipeReader, PipeWriter};
 pub use publish::{PendingFile, unlink_all_pending};
+pub use temporary::temporary;
 
 /// What is stored in a range, as far as the storage can tell without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -155,13 +155,16 @@ impl Target {
             }
             _ => {}
         }
-        if let (TargetFormat::Raw(raw), Some(size)) = (&options.format, size.filter(|&size| size > 0))
-            && raw.preallocation == Preallocation::Falloc
-        {
-            pending
-                .storage()
-                .allocate(0, size)
-                .map_err(|error| Error::io("cannot reserve the space", error))?;
+        if let (TargetFormat::Raw(raw), Some(size)) = (&options.format, size.filter(|&size| size > 0)) {
+            let storage = pending.storage();
+            // A file system that cannot hold the file says so now, not after hours.
+            storage.set_len(size).map_err(|error| {
+                Error::io(format!("cannot make a file of {size} bytes"), error)
+                    .hint("a raw image is as long as its disk: another file system may take it, or use qcow2")
+            })?;
+            if raw.preallocation == Preallocation::Falloc {
+                storage.allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;
+            }
         }
         let reserve_first = AtomicBool::new(pending.storage().gains_from_allocate() && !options.direct);
         Ok(Self {

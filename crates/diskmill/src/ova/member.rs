@@ -1,15 +1,17 @@
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use diskmill_io::{Align, Allocation, PendingFile, SharedStorage, Storage};
+use diskmill_codec::is_zero;
+use diskmill_io::{Align, Allocation, SharedStorage, Storage, temporary};
 use flate2::read::MultiGzDecoder;
 
 use crate::error::{Error, Kind, Result};
 
-/// Most bytes that a compressed member may unpack to: it has to be unpacked to a temporary file.
-const SPOOL_LIMIT: u64 = 64 << 30;
 const SPOOL_STEP: usize = 1 << 20;
+/// Zeros are looked for in granules of this size.
+const HOLE: usize = 64 << 10;
 
 /// A run of an archive's bytes.
 #[derive(Debug, Clone, Copy)]
@@ -113,40 +115,35 @@ impl Storage for MemberStorage {
     }
 }
 
-/// `packed`, a gzip file, unpacked to a temporary file without a name: gzip gives no random access.
-pub(super) fn spooled(packed: &dyn Storage, name: &str) -> Result<SharedStorage> {
+/// `packed`, a gzip file, unpacked to a temporary file without a name, of at most `limit` bytes: gzip gives no random
+/// access.
+pub(super) fn spooled(packed: &dyn Storage, name: &str, limit: u64) -> Result<SharedStorage> {
     let failed = |error| Error::io("cannot make a temporary file", error).hint("TMPDIR names its folder");
-    let temporary = PendingFile::create(std::env::temp_dir().join("diskmill-disk")).map_err(failed)?;
-    let storage = temporary.storage();
-    // The name goes, the open file stays.
-    drop(temporary);
+    let storage = temporary(&std::env::temp_dir()).map_err(failed)?;
     let mut unpacked = MultiGzDecoder::new(Sequential { file: packed, at: 0 });
-    let mut buf = vec![0; SPOOL_STEP];
+    let mut buf = Vec::with_capacity(SPOOL_STEP);
     let mut at = 0u64;
     loop {
-        let got = match unpacked.read(&mut buf) {
-            Ok(0) => return Ok(storage),
-            Ok(got) => got,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                return Err(Error::corrupt(format!("gzip member {name:?}"), None, error.to_string()));
-            }
-        };
-        if at + got as u64 > SPOOL_LIMIT {
-            let message = format!("{name:?} unpacks to more than {SPOOL_LIMIT} bytes");
+        buf.clear();
+        unpacked
+            .by_ref()
+            .take(SPOOL_STEP as u64)
+            .read_to_end(&mut buf)
+            .map_err(|error| Error::corrupt(format!("gzip member {name:?}"), None, error.to_string()))?;
+        if buf.is_empty() {
+            storage.set_len(at).map_err(failed)?;
+            return Ok(Arc::new(storage));
+        }
+        if at + buf.len() as u64 > limit {
+            let message = format!("{name:?} unpacks to more than {limit} bytes");
             return Err(Error::new(Kind::Limit, message).hint("unpack it with gunzip first"));
         }
-        let mut rest = buf.get(..got).unwrap_or_default();
-        while !rest.is_empty() {
-            match storage.write_at(rest, at) {
-                Ok(done) if done > 0 => {
-                    at += done as u64;
-                    rest = rest.get(done..).unwrap_or_default();
-                }
-                Ok(_) => return Err(failed(io::ErrorKind::WriteZero.into())),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(failed(error)),
+        // A small file may unpack to zeros without end: they become holes.
+        for block in buf.chunks(HOLE) {
+            if !is_zero(block) {
+                storage.file().write_all_at(block, at).map_err(failed)?;
             }
+            at += block.len() as u64;
         }
     }
 }
@@ -162,5 +159,35 @@ impl Read for Sequential<'_> {
         let got = self.file.read_at(buf, self.at)?;
         self.at = self.at.saturating_add(got as u64);
         Ok(got)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use diskmill_io::MemoryStorage;
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use std::io::Write;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn zeros_are_spooled_as_holes_within_the_limit() {
+        let mut bytes = vec![0; 8 << 20];
+        bytes[3 << 20] = 1;
+        bytes.push(0);
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(&bytes).unwrap();
+        let packed = MemoryStorage::with_bytes(packed.finish().unwrap(), 0);
+        let len = bytes.len() as u64;
+        let error = spooled(&packed, "d", len - 1).err().unwrap();
+        assert_eq!(error.kind(), Kind::Limit);
+        let storage = spooled(&packed, "d", len).unwrap();
+        let mut read = Vec::new();
+        Sequential { file: &*storage, at: 0 }.read_to_end(&mut read).unwrap();
+        assert!(read == bytes);
+        let file = std::fs::File::from(storage.fd().unwrap().try_clone_to_owned().unwrap());
+        let meta = file.metadata().unwrap();
+        assert!(meta.nlink() == 0 && meta.blocks() * 512 < 1 << 20, "{meta:?}");
     }
 }

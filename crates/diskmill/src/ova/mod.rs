@@ -4,6 +4,11 @@ mod member;
 mod verify;
 mod write;
 
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+
+use diskmill_format::ova::ovf::DiskUse;
 use diskmill_format::ova::tar::{Member, MemberKind, Scanner, Step};
 use diskmill_format::ova::{Ovf, chunk_name, ovf};
 use diskmill_format::{FormatError, Limits, Problem};
@@ -11,25 +16,42 @@ use diskmill_io::{SharedStorage, Storage};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::OpenOptions;
+use crate::probe::{Format, PROBE_BYTES};
 use crate::qcow2::lossy;
 use crate::reader::{read_exact, read_full};
 use member::{Part, concatenated, spooled};
 pub use verify::{FileCheck, Outcome, verify};
 pub(crate) use write::assembler;
 
-/// Whether these first bytes of a file are an archive whose first member is an OVF envelope (the order that DSP0243
-/// demands). Other archives are raw data unless they are named to be OVAs.
+/// Longest name of a member, in bytes: Linux's `PATH_MAX`.
+const MAX_NAME: usize = 4096;
+/// As many disks are listed in a message.
+const LISTED: usize = 20;
+
+/// Whether these first bytes of a file are an archive whose first file is a part of an OVA: the envelope (the order
+/// that DSP0243 demands), the manifest, the certificate or a disk. Other archives are raw data unless they are named to
+/// be OVAs.
 pub(crate) fn probe(start: &[u8]) -> bool {
+    first_file(start).is_some_and(|member| {
+        [".ovf", ".mf", ".cert", ".vmdk", ".vmdk.gz"].iter().any(|suffix| has_suffix(&member.name, suffix))
+    })
+}
+
+/// Whether the file at `path`, with these first bytes, is an archive and called an OVA.
+pub(crate) fn is_called(path: &Path, start: &[u8]) -> bool {
+    path.extension().is_some_and(|name| name.eq_ignore_ascii_case("ova")) && first_file(start).is_some()
+}
+
+fn first_file(start: &[u8]) -> Option<Member> {
     let mut scanner = Scanner::new(&Limits::default());
     loop {
         let (at, len) = scanner.want();
-        let block = usize::try_from(at.get()).ok().and_then(|at| start.get(at..)?.get(..len));
-        match block.map(|block| scanner.feed(block)) {
-            Some(Ok(Step::More)) => {}
-            Some(Ok(Step::Member(member))) => {
-                return member.kind == MemberKind::File && has_suffix(&member.name, ".ovf");
-            }
-            _ => return false,
+        let block = usize::try_from(at.get()).ok().and_then(|at| start.get(at..)?.get(..len))?;
+        match scanner.feed(block) {
+            Ok(Step::More) => {}
+            Ok(Step::Member(member)) if member.kind == MemberKind::Directory => {}
+            Ok(Step::Member(member)) if member.kind == MemberKind::File => return Some(member),
+            _ => return None,
         }
     }
 }
@@ -59,6 +81,10 @@ fn members(file: &dyn Storage, limits: &Limits) -> Result<Vec<Member>> {
                     );
                     return Err(Error::corrupt("tar header", Some(at.get()), message));
                 }
+                if member.name.len() > MAX_NAME {
+                    let message = format!("a member's name has more than {MAX_NAME} bytes");
+                    return Err(Error::new(Kind::Limit, message).within("tar header", at.get()));
+                }
                 // GNU tar writes `./name` when it is given a folder.
                 if let Some(plain) = member.name.strip_prefix(b"./") {
                     member.name = plain.to_vec();
@@ -85,125 +111,178 @@ fn content(file: &dyn Storage, member: &Member, most: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A disk of an archive, not opened yet.
-struct Disk {
-    /// What it may be called: file, disk id, device.
-    names: Vec<String>,
-    pieces: Vec<Member>,
-    gzip: bool,
+/// A disk of an archive that is open.
+pub(crate) struct OpenDisk {
+    pub(crate) storage: SharedStorage,
+    pub(crate) format: Format,
 }
 
-/// The disk of the archive in `file` that `options` mean.
-pub(crate) fn open(file: &SharedStorage, options: &OpenOptions) -> Result<SharedStorage> {
-    let disks = disks(&**file, &options.limits)?;
-    let disk = choose(disks, options.disk.as_deref())?;
-    let parts = disk.pieces.iter().map(|member| Part { at: member.data.get(), len: member.size });
+/// The disk of the archive in `file` that `options` mean. Only that one is looked at: the others may be damaged.
+pub(crate) fn open(file: &SharedStorage, options: &OpenOptions) -> Result<OpenDisk> {
+    let members = members(&**file, &options.limits)?;
+    let envelope = envelope(&**file, &members, &options.limits)?;
+    let disks: Vec<Disk<'_>> = match &envelope {
+        Some(ovf) => {
+            ovf.disk_uses().into_iter().filter_map(|used| Some(Disk::Described(used, used.file?))).collect()
+        }
+        None => members.iter().filter(|member| is_disk(member)).map(Disk::Member).collect(),
+    };
+    let disk = choose(&disks, options.disk.as_deref())?;
+    let (pieces, gzip) = disk.stored(&members)?;
+    let parts = pieces.iter().map(|member| Part { at: member.data.get(), len: member.size });
     let stored = concatenated(file, parts)?;
-    if disk.gzip { spooled(&*stored, disk.names.first().map_or("", String::as_str)) } else { Ok(stored) }
+    let storage = if gzip { spooled(&*stored, &disk.name(), options.limits.spool_bytes)? } else { stored };
+    let mut start = vec![0; PROBE_BYTES];
+    let got = read_full(&*storage, &mut start, 0)?;
+    match Format::probe(start.get(..got).unwrap_or_default()) {
+        format @ (Format::Vmdk | Format::Qcow2) => Ok(OpenDisk { storage, format }),
+        // Never raw: a file of an unknown format is not its guest's bytes.
+        _ => {
+            let said = match disk {
+                Disk::Described(used, _) => format!("; its ovf:format is {:?}", shown(&used.disk.format)),
+                Disk::Member(_) => String::new(),
+            };
+            let name = disk.name();
+            Err(Error::unsupported(format!(
+                "the disk {:?}, neither VMDK nor qcow2{said}, in an OVA",
+                shown(&name)
+            )))
+        }
+    }
 }
 
-fn disks(file: &dyn Storage, limits: &Limits) -> Result<Vec<Disk>> {
-    let members = members(file, limits)?;
+/// The envelope, if there is one.
+fn envelope(file: &dyn Storage, members: &[Member], limits: &Limits) -> Result<Option<Ovf>> {
     let Some(envelope) = members.iter().find(|member| has_suffix(&member.name, ".ovf")) else {
-        // A plain tar of disks, named as an OVA by the user.
-        let is_disk =
-            |member: &&Member| has_suffix(&member.name, ".vmdk") || has_suffix(&member.name, ".vmdk.gz");
-        return Ok(members
-            .iter()
-            .filter(is_disk)
-            .map(|member| Disk {
-                names: vec![lossy(&member.name)],
-                gzip: has_suffix(&member.name, ".gz"),
-                pieces: vec![member.clone()],
-            })
-            .collect());
+        return Ok(None);
     };
     let text = content(file, envelope, limits.ovf_bytes)?;
     let ovf = Ovf::parse(&text, limits).map_err(|error| match error {
         // The archive is one; it is its envelope that is not.
         FormatError { problem: Problem::NotThisFormat, .. } => {
-            Error::from(FormatError { problem: Problem::Corrupt, ..error })
+            FormatError { problem: Problem::Corrupt, ..error }
         }
-        error => error.into(),
+        error => error,
     })?;
-    let mut disks = Vec::new();
-    for used in ovf.disk_uses() {
-        let Some(reference) = used.file else { continue };
-        if let Some(parent) = &used.disk.parent_ref {
-            return Err(Error::unsupported(format!(
-                "the disk {:?} (a delta of {parent:?} inside an OVA)",
-                used.disk.id
-            )));
+    Ok(Some(ovf))
+}
+
+fn is_disk(member: &Member) -> bool {
+    has_suffix(&member.name, ".vmdk") || has_suffix(&member.name, ".vmdk.gz")
+}
+
+/// A disk of an archive.
+enum Disk<'a> {
+    /// As the envelope has it.
+    Described(DiskUse<'a>, &'a ovf::File),
+    /// Of a plain tar of disks, named as an OVA by the user.
+    Member(&'a Member),
+}
+
+impl Disk<'_> {
+    /// What it may be called: file, disk id, device.
+    fn names(&self) -> impl Iterator<Item = Cow<'_, str>> {
+        match self {
+            Self::Described(used, file) => {
+                let device = used.device.map(|(_, item)| item.name.as_str());
+                [Some(file.href.as_str()), Some(used.disk.id.as_str()), device]
+                    .map(|name| name.map(Cow::Borrowed))
+            }
+            Self::Member(member) => [Some(Cow::Owned(lossy(&member.name))), None, None],
         }
-        let pieces = pieces(&members, reference)?;
-        let gzip = match reference.compression.as_deref() {
+        .into_iter()
+        .flatten()
+    }
+
+    /// The name of its file.
+    fn name(&self) -> Cow<'_, str> {
+        self.names().next().unwrap_or_default()
+    }
+
+    /// The members that it is stored in, and whether they are compressed with gzip.
+    fn stored<'m>(&self, members: &'m [Member]) -> Result<(Vec<&'m Member>, bool)>
+    where
+        Self: 'm,
+    {
+        let (used, file) = match self {
+            Self::Described(used, file) => (used, file),
+            Self::Member(member) => return Ok((vec![member], has_suffix(&member.name, ".gz"))),
+        };
+        if let Some(parent) = &used.disk.parent_ref {
+            let id = &used.disk.id;
+            return Err(Error::unsupported(format!("the disk {id:?} (a delta of {parent:?} inside an OVA)")));
+        }
+        let gzip = match file.compression.as_deref() {
             Some("gzip") => true,
             Some(other) => {
-                return Err(Error::unsupported(format!("the compression {other:?} of {:?}", reference.href)));
+                return Err(Error::unsupported(format!("the compression {other:?} of {:?}", file.href)));
             }
-            None => reference.href.to_ascii_lowercase().ends_with(".gz"),
+            None => has_suffix(file.href.as_bytes(), ".gz"),
         };
-        let device = used.device.map(|(_, item)| item.name.clone());
-        let names = [Some(reference.href.clone()), Some(used.disk.id.clone()), device];
-        disks.push(Disk { names: names.into_iter().flatten().collect(), pieces, gzip });
+        Ok((pieces(members, file)?, gzip))
     }
-    Ok(disks)
 }
 
 /// The members that the file `reference` is stored in.
-fn pieces(members: &[Member], reference: &ovf::File) -> Result<Vec<Member>> {
-    let href = &reference.href;
-    let missing = |name: &str| {
-        Error::corrupt("OVF envelope", None, format!("it refers to {name:?}, which is not in the archive"))
-            .hint("if the files are beside each other on disk, open the VMDK itself")
-    };
-    if let Some(whole) = members.iter().find(|member| reference.is_named(&member.name)) {
-        return Ok(vec![whole.clone()]);
+fn pieces<'m>(members: &'m [Member], reference: &ovf::File) -> Result<Vec<&'m Member>> {
+    let mut by_name: HashMap<&[u8], &Member> = HashMap::with_capacity(members.len());
+    for member in members {
+        by_name.entry(&member.name).or_insert(member);
     }
-    let mut pieces = Vec::new();
-    let chunk = |number| {
-        let piece = ovf::File { href: chunk_name(href, number), ..ovf::File::default() };
-        members.iter().find(|member| piece.is_named(&member.name))
+    // What the reference means: as it stands, or percent-decoded.
+    let bases = [reference.href.clone().into_bytes(), reference.decoded_href()];
+    let find = |suffix: &str| {
+        bases.iter().find_map(|base| by_name.get([base, suffix.as_bytes()].concat().as_slice()).copied())
     };
-    while let Some(member) = u32::try_from(pieces.len()).ok().and_then(chunk) {
-        pieces.push(member.clone());
+    if let Some(whole) = find("") {
+        return Ok(vec![whole]);
     }
+    let pieces: Vec<&Member> = (0..).map_while(|number| find(&chunk_name("", number))).collect();
     let stored: u64 = pieces.iter().fold(0, |sum, member| sum.saturating_add(member.size));
     if pieces.is_empty() || reference.size.is_some_and(|size| stored < size) {
-        let name = if pieces.is_empty() { href.clone() } else { chunk_name(href, pieces.len() as u32) };
-        return Err(missing(&name));
+        let suffix = if pieces.is_empty() { String::new() } else { chunk_name("", pieces.len() as u32) };
+        let name = shown(&reference.href) + &suffix;
+        let message = format!("it refers to {name:?}, which is not in the archive");
+        return Err(Error::corrupt("OVF envelope", None, message)
+            .hint("if the files are beside each other on disk, open the VMDK itself"));
     }
     Ok(pieces)
 }
 
-/// The disk that `wanted` names, by its number (from 1) or one of its names.
-fn choose(mut disks: Vec<Disk>, wanted: Option<&str>) -> Result<Disk> {
-    let list: Vec<String> = (1..)
-        .zip(&disks)
-        .map(|(number, disk): (u32, _)| format!("{number}: {}", disk.names.join(", ")))
-        .collect();
-    let list = format!("its disks are {}", list.join("; "));
-    let index = match wanted {
-        None if disks.is_empty() => return Err(Error::invalid("the archive has no disk")),
-        None if disks.len() == 1 => Some(0),
-        None => {
-            return Err(Error::invalid(format!("the archive has {} disks", disks.len()))
-                .hint(format!("choose with --disk; {list}")));
-        }
-        Some(name) => {
-            disks.iter().position(|disk| disk.names.iter().any(|known| known == name)).or_else(|| {
-                name.parse::<usize>()
-                    .ok()
-                    .and_then(|number| number.checked_sub(1))
-                    .filter(|&index| index < disks.len())
-            })
-        }
+/// The disk that `wanted` names, by one of its names or its number (from 1).
+fn choose<'d, 'a>(disks: &'d [Disk<'a>], wanted: Option<&str>) -> Result<&'d Disk<'a>> {
+    let Some(name) = wanted else {
+        return match disks {
+            [] => Err(Error::invalid("the archive has no disk")),
+            [disk] => Ok(disk),
+            _ => Err(Error::invalid(format!("the archive has {} disks", disks.len()))
+                .hint(format!("choose with --disk; {}", list(disks)))),
+        };
     };
-    match (index, wanted) {
-        (Some(index), _) => Ok(disks.swap_remove(index)),
-        (None, wanted) => {
-            Err(Error::invalid(format!("the archive has no disk {:?}", wanted.unwrap_or_default()))
-                .hint(list))
-        }
+    let numbered = || disks.get(name.parse::<usize>().ok()?.checked_sub(1)?);
+    disks
+        .iter()
+        .find(|disk| disk.names().any(|known| known == name))
+        .or_else(numbered)
+        .ok_or_else(|| Error::invalid(format!("the archive has no disk {name:?}")).hint(list(disks)))
+}
+
+/// The disks, for a message.
+fn list(disks: &[Disk<'_>]) -> String {
+    let mut lines: Vec<String> = (1..)
+        .zip(disks.iter().take(LISTED))
+        .map(|(number, disk): (u32, _)| {
+            let names: Vec<String> = disk.names().map(|name| shown(&name)).collect();
+            format!("{number}: {}", names.join(", "))
+        })
+        .collect();
+    if disks.len() > LISTED {
+        lines.push("…".to_owned());
     }
+    format!("its disks are {}", lines.join("; "))
+}
+
+/// The start of a name from a file, which may be of any length.
+fn shown(name: &str) -> String {
+    name.chars().take(80).collect()
 }

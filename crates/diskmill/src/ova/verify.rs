@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::path::Path;
 
 use diskmill_format::Limits;
@@ -8,7 +9,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256, Sha512};
 
 use super::{content, has_suffix, members};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::qcow2::lossy;
 use crate::reader::read_exact;
 
@@ -23,9 +24,11 @@ pub enum Outcome {
     Differs,
     /// It is not in the archive.
     Missing,
+    /// It is in the archive, and the manifest has no digest of it.
+    Unlisted,
 }
 
-/// A file of a manifest and what its check showed.
+/// A file of an archive or its manifest, and what its check showed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileCheck {
     /// Name of the file in the archive.
@@ -34,11 +37,12 @@ pub struct FileCheck {
     pub outcome: Outcome,
 }
 
-/// Checks the digests (SHA-1, SHA-256 or SHA-512) of the manifest in the archive at `path`, in its order.
+/// Checks the digests (SHA-1, SHA-256 or SHA-512) of the manifest in the archive at `path`, in its order; then come the
+/// files that have none. Only the manifest itself and its certificate need none.
 ///
 /// # Errors
 /// [`Kind::Invalid`](crate::Kind::Invalid) if the archive has no manifest; [`Kind::Corrupt`](crate::Kind::Corrupt) for
-/// a damaged archive or manifest. A wrong digest is an [`Outcome`], not an error.
+/// a damaged archive or manifest, or two files of one name. A wrong digest is an [`Outcome`], not an error.
 pub fn verify(path: impl AsRef<Path>, limits: &Limits) -> Result<Vec<FileCheck>> {
     let path = path.as_ref();
     check(path, limits).map_err(|error| error.of(path))
@@ -47,20 +51,38 @@ pub fn verify(path: impl AsRef<Path>, limits: &Limits) -> Result<Vec<FileCheck>>
 fn check(path: &Path, limits: &Limits) -> Result<Vec<FileCheck>> {
     let how = OpenHow { read: true, ..OpenHow::default() };
     let file = FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error))?;
-    let members = members(&file, limits)?;
+    let members = members(&file, limits).map_err(|error| match error.kind() {
+        Kind::NotThisFormat => Error::invalid("not an archive: only OVAs have a manifest"),
+        _ => error,
+    })?;
     let Some(manifest) = members.iter().find(|member| has_suffix(&member.name, ".mf")) else {
         return Err(Error::invalid("the archive has no manifest (.mf)"));
     };
     let manifest = Manifest::parse(&content(&file, manifest, limits.manifest_bytes)?, limits)?;
+    let mut unlisted = HashMap::with_capacity(members.len());
+    for (index, member) in members.iter().enumerate() {
+        if unlisted.insert(member.name.as_slice(), (index, member)).is_some() {
+            // Which of them a reader takes is open.
+            let message = format!("it has two files {:?}", lossy(&member.name));
+            return Err(Error::corrupt("tar", None, message));
+        }
+    }
     let mut checks = Vec::with_capacity(manifest.digests.len());
     for entry in manifest.digests {
-        let outcome = match members.iter().find(|member| member.name == entry.name) {
+        let outcome = match unlisted.remove(entry.name.as_slice()) {
             None => Outcome::Missing,
-            Some(member) if digest(&file, member, entry.algorithm)? == entry.digest => Outcome::Same,
+            Some((_, member)) if digest(&file, member, entry.algorithm)? == entry.digest => Outcome::Same,
             Some(_) => Outcome::Differs,
         };
         checks.push(FileCheck { name: lossy(&entry.name), outcome });
     }
+    let mut unlisted: Vec<_> = unlisted.into_values().collect();
+    unlisted.sort_by_key(|(index, _)| *index);
+    let unlisted = unlisted
+        .into_iter()
+        .filter(|(_, member)| ![".mf", ".cert"].iter().any(|suffix| has_suffix(&member.name, suffix)))
+        .map(|(_, member)| FileCheck { name: lossy(&member.name), outcome: Outcome::Unlisted });
+    checks.extend(unlisted);
     Ok(checks)
 }
 

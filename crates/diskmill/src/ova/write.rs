@@ -6,6 +6,7 @@ use diskmill_format::HostOffset;
 use diskmill_format::ova::OvfBuilder;
 use diskmill_format::ova::manifest::{Algorithm, Digest as FileDigest, Manifest};
 use diskmill_format::ova::tar::{self, Member, MemberKind};
+use diskmill_format::vmdk::SECTOR_BYTES;
 use sha2::{Digest, Sha256};
 
 use super::verify::hash;
@@ -48,7 +49,7 @@ pub(crate) fn assembler(options: VmdkOptions, path: &Path, size: Option<u64>) ->
         Error::unsupported("a file name that is not UTF-8, for an OVA: its envelope cannot hold it")
     })?;
     let disk_name = format!("{stem}-disk1.vmdk");
-    let mut envelope = OvfBuilder::new(stem, disk_name.as_str(), size);
+    let mut envelope = OvfBuilder::new(stem, disk_name.as_str(), size.div_ceil(SECTOR_BYTES) * SECTOR_BYTES);
     envelope.adapter = options.adapter.clone();
     envelope.hardware_version = options.hw_version.unwrap_or(LEAST_HARDWARE).max(LEAST_HARDWARE);
     // The longest that it can get.

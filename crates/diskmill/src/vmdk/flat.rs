@@ -79,6 +79,8 @@ impl Assembler for FlatAssembler {
             return Err(Error::invalid("the source has another size than before"));
         }
         let step = self.step();
+        // What the descriptor says: whole sectors.
+        let size = size.div_ceil(SECTOR_BYTES) * SECTOR_BYTES;
         let extents = if step == u64::MAX { 1 } else { size.div_ceil(step) };
         let other_lens =
             (0..extents).map(|number| size.saturating_sub(number.saturating_mul(step)).min(step)).collect();

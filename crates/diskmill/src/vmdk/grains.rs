@@ -312,6 +312,19 @@ impl GrainMap {
         Err(error)
     }
 
+    /// The redundant copy of the grain table at `at`, if that one is all zeros and the copy is sound and is not: writers
+    /// fill both.
+    fn copy_of_zeroed(&self, table: u64, at: u64) -> Option<u64> {
+        let copy = self.entry(self.redundant?, table).ok()?.filter(|&copy| copy != at)?;
+        let zeroed = |at| {
+            let slice = self.tables.slice(at, self.table_len()).ok()?;
+            Some(slice.iter().all(|&byte| byte == 0))
+        };
+        let lost = self.fits(copy, self.table_len()) && zeroed(at)? && !zeroed(copy)?;
+        let sound = lost && self.grains(table, copy, 0).ok()?.all(|grain| grain.is_ok());
+        sound.then_some(copy)
+    }
+
     /// What the extent has at byte `at` of it.
     pub(super) fn map(&self, at: u64, max: u64) -> Result<LayerExtent, MapError> {
         let geometry = self.geometry;
@@ -322,7 +335,7 @@ impl GrainMap {
         let max = max.min(geometry.capacity_bytes - at);
         let in_table = at % geometry.table_coverage;
         let grain_left = geometry.grain_bytes - within;
-        let table_at = match self.table(table) {
+        let mut table_at = match self.table(table) {
             Ok(Some(at)) => at,
             Ok(None) => {
                 let end = in_table.saturating_add(max).div_ceil(geometry.table_coverage);
@@ -335,7 +348,16 @@ impl GrainMap {
             Err(error) => return Err(MapError { error, len: (geometry.table_coverage - in_table).min(max) }),
         };
         let cut = |error| MapError { error, len: grain_left.min(max) };
-        let first = self.grain_or_copy(table, table_at, index).map_err(cut)?;
+        let mut first = self.grain_or_copy(table, table_at, index).map_err(cut)?;
+        if first == Grain::Unallocated
+            && let Some(copy) = self.copy_of_zeroed(table, table_at)
+        {
+            self.warn_late(
+                "grain tables of zeros have a redundant copy with grains, which is used".to_owned(),
+            );
+            table_at = copy;
+            first = self.grain_or_copy(table, table_at, index).map_err(cut)?;
+        }
         if let (Grain::At(host), Kinds::Hosted { packing: Some(packing), .. }) = (first, &self.kind) {
             let number = at / geometry.grain_bytes;
             let source =

@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use diskmill_format::vmdk::descriptor::{Access, NO_PARENT};
@@ -12,7 +13,7 @@ use super::layout::{Part, PartSource, VmdkLayout};
 use super::{ExtentFile, VmdkExtent, VmdkInfo, beside};
 use crate::error::{Error, Result};
 use crate::image::OpenOptions;
-use crate::layout::{FormatInfo, ImageInfo};
+use crate::layout::{FileId, FormatInfo, ImageInfo};
 use crate::probe::Format;
 use crate::qcow2::lossy;
 use crate::raw::FileRuns;
@@ -22,6 +23,8 @@ use crate::reader::read_full;
 const TAIL: u64 = 1 << 20;
 /// The `parentCID` of a child whose parent has no CID of its own (open-vmdk): nothing to compare.
 const UNKNOWN_CID: u32 = 0xffff_fffe;
+const LONE_EXTENT: &str =
+    "an extent without its descriptor: a parent, and further extents, would not be known";
 
 /// The parent that a delta names.
 pub(crate) struct Parent {
@@ -40,8 +43,15 @@ pub(crate) fn open(
     options: &OpenOptions,
     files: &mut OpenExtent<'_>,
 ) -> Result<(VmdkLayout, Option<Parent>)> {
-    let mut opening =
-        Opening { own, options, warnings: Vec::new(), parts: Vec::new(), extents: Vec::new(), size: 0 };
+    let mut opening = Opening {
+        own,
+        options,
+        warnings: Vec::new(),
+        parts: Vec::new(),
+        extents: Vec::new(),
+        sparse_files: HashSet::new(),
+        size: 0,
+    };
     let start = opening.read(own, 0, diskmill_format::vmdk::PROBE_BYTES as u64)?;
     let descriptor = match probe(&start) {
         Some(FileKind::Sparse) => opening.hosted(&start, files)?,
@@ -50,6 +60,7 @@ pub(crate) fn open(
             let kind =
                 if start.starts_with(diskmill_format::vmdk::cowd::MAGIC) { "VMFSSPARSE" } else { "SESPARSE" };
             opening.add_sparse(map, kind, None);
+            opening.warn(LONE_EXTENT.to_owned());
             None
         }
         None if start.starts_with(b"kdmv") || own.len > options.limits.vmdk_descriptor_bytes => {
@@ -80,6 +91,8 @@ struct Opening<'a> {
     warnings: Vec<String>,
     parts: Vec<Part>,
     extents: Vec<VmdkExtent>,
+    /// Files of the sparse extents so far.
+    sparse_files: HashSet<FileId>,
     /// Guest bytes of the parts so far.
     size: u64,
 }
@@ -124,11 +137,15 @@ impl Opening<'_> {
     }
 
     fn embedded(&mut self, header: &SparseHeader) -> Result<Option<Descriptor>> {
-        let Some((at, len)) = header.descriptor(self.limits())? else { return Ok(None) };
+        let Some((at, len)) = header.descriptor(self.limits())? else {
+            self.warn(LONE_EXTENT.to_owned());
+            return Ok(None);
+        };
         let text = self.read(self.own, at, len)?;
         let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
         if text.is_empty() {
             // QEMU leaves the room empty in the extents of a split disk.
+            self.warn(LONE_EXTENT.to_owned());
             return Ok(None);
         }
         match Descriptor::parse(text, self.limits()) {
@@ -258,6 +275,10 @@ impl Opening<'_> {
         match extent.kind {
             ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => {
                 let path = file.path.clone();
+                if !self.sparse_files.insert(file.id) {
+                    let message = format!("it names the sparse extent {path:?} twice");
+                    return Err(Error::corrupt("descriptor", None, message));
+                }
                 let map = self.extent_map(&file).map_err(|error| error.of(&path))?;
                 self.add_sparse(map, &info.kind, Some(size));
             }
@@ -352,11 +373,16 @@ impl Opening<'_> {
     fn parent(&mut self, descriptor: &Descriptor) -> Result<Option<Parent>> {
         let (cid, hint) = match (descriptor.parent_cid, &descriptor.parent_hint) {
             (Some(NO_PARENT) | None, None) => return Ok(None),
-            (Some(NO_PARENT) | None, Some(_)) => {
+            (Some(NO_PARENT), Some(_)) => {
                 self.warn(
-                    "a parentFileNameHint without a parentCID is ignored: this disk has no parent".to_owned(),
+                    "parentFileNameHint is ignored: the parentCID says that there is no parent".to_owned(),
                 );
                 return Ok(None);
+            }
+            (None, Some(hint)) => {
+                // Without its parent the disk would be zeros where the delta has nothing.
+                self.warn("there is no valid parentCID: the parent's CID is not compared".to_owned());
+                (UNKNOWN_CID, hint)
             }
             (Some(_), None) => {
                 return Err(Error::corrupt(

@@ -173,7 +173,7 @@ impl VmdkOptions {
     /// The descriptor of a disk of `size` bytes in a file of this name. `digest` holds what is known of the content.
     pub(super) fn describe(&self, name: &[u8], size: u64, digest: &Sha256) -> Result<Descriptor> {
         let kind = self.subformat.create_type();
-        let mut builder = DescriptorBuilder::new(kind, size / SECTOR_BYTES, name, 0);
+        let mut builder = DescriptorBuilder::new(kind, size.div_ceil(SECTOR_BYTES), name, 0);
         builder.adapter = self.adapter.clone();
         builder.hw_version = self.hw_version.unwrap_or(if self.compat6 { 6 } else { 4 });
         builder.tools_version = self.tools_version;

@@ -20,8 +20,17 @@ pub struct VmdkStream {
     next: Option<Grain>,
     /// The first guest byte that a grain may still come for.
     least: u64,
+    /// What a stream must have before it may end, and has not had yet.
+    missing: Missing,
     ended: bool,
     unpacker: Unpacker,
+}
+
+/// The parts at the end of a stream. Without them a sector of zeros is no end but damage: a hole in a file, say.
+#[derive(Debug, Clone, Copy)]
+struct Missing {
+    directory: bool,
+    footer: bool,
 }
 
 /// A grain in the stream.
@@ -62,6 +71,7 @@ impl VmdkStream {
             at: 0,
             next: None,
             least: 0,
+            missing: Missing { directory: true, footer: true },
             ended: false,
             unpacker: Unpacker::new(),
         };
@@ -72,6 +82,7 @@ impl VmdkStream {
             return Err(Error::unsupported("this kind of VMDK from a pipe").hint("save it to a file first"));
         }
         made.geometry = header.geometry(limits)?;
+        made.missing.footer = header.directory_in_footer();
         if !made.geometry.grain_bytes.is_power_of_two() {
             return Err(Error::unsupported("grains of this size from a pipe").hint("save it to a file first"));
         }
@@ -143,6 +154,11 @@ impl VmdkStream {
             let marker = Marker::parse(&sector).map_err(|error| error.at(at))?;
             marker.check_size(self.geometry.grain_bytes).map_err(|error| error.at(at))?;
             match marker {
+                Marker::EndOfStream if self.missing.directory || self.missing.footer => {
+                    let part = if self.missing.directory { "grain directory" } else { "footer" };
+                    let message = format!("a sector of zeros before the {part}: part of the stream is lost");
+                    return Err(Error::corrupt("stream", Some(at), message));
+                }
                 Marker::EndOfStream => {
                     self.ended = true;
                     // What is left unread would break the writer's pipe.
@@ -156,6 +172,8 @@ impl VmdkStream {
                 Marker::GrainTable { sectors }
                 | Marker::GrainDirectory { sectors }
                 | Marker::Footer { sectors } => {
+                    self.missing.directory &= !matches!(marker, Marker::GrainDirectory { .. });
+                    self.missing.footer &= !matches!(marker, Marker::Footer { .. });
                     let bytes = sectors.saturating_mul(SECTOR_BYTES);
                     if self.skip(bytes)? < bytes {
                         return Err(self.cut_off());

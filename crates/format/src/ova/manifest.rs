@@ -1,5 +1,6 @@
 //! The manifest (`.mf`): one line `SHA256(name)= digest` for each file (DSP0243, "Distribution").
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 
 use crate::{FormatError, Limits};
@@ -59,7 +60,7 @@ impl Manifest {
     ///
     /// # Errors
     /// `Limit` above [`Limits::manifest_bytes`]; `Unsupported` for another algorithm; `Corrupt` for
-    /// any other line or a digest of the wrong length.
+    /// any other line, a digest of the wrong length, or a second digest of one file.
     pub fn parse(text: &[u8], limits: &Limits) -> Result<Self, FormatError> {
         if text.len() as u64 > limits.manifest_bytes {
             let max = limits.manifest_bytes;
@@ -67,6 +68,7 @@ impl Manifest {
         }
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         let mut digests = Vec::new();
+        let mut seen = HashSet::new();
         for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
             let line = line.trim_ascii();
             if line.is_empty() {
@@ -86,7 +88,12 @@ impl Manifest {
                     format!("digest algorithm {shown:?}; known are SHA1, SHA256, SHA512"),
                 )
             })?;
-            let name = line.get(open + 1..close).ok_or_else(bad)?.to_vec();
+            let name = line.get(open + 1..close).ok_or_else(bad)?;
+            if !seen.insert(name) {
+                // One of them may be what a forger added.
+                let shown = String::from_utf8_lossy(name);
+                return Err(FormatError::corrupt(what(), format!("a second digest of {shown:?}")));
+            }
             let hex =
                 line.get(close + 1..).unwrap_or_default().trim_ascii().strip_prefix(b"=").ok_or_else(bad)?;
             let digest = decode_hex(hex.trim_ascii())
@@ -97,7 +104,7 @@ impl Manifest {
                         format!("the digest is not {} hexadecimal digits", algorithm.digest_bytes() * 2),
                     )
                 })?;
-            digests.push(Digest { algorithm, name, digest });
+            digests.push(Digest { algorithm, name: name.to_vec(), digest });
         }
         Ok(Self { digests })
     }
@@ -164,6 +171,8 @@ mod tests {
         assert_eq!(problem("SHA1)a(= 00"), Problem::Corrupt);
         assert_eq!(problem(&format!("SHA1(a)= {}", "0g".repeat(20))), Problem::Corrupt);
         assert_eq!(problem(&format!("SHA1(a)= {}0", "00".repeat(20))), Problem::Corrupt);
+        let line = format!("SHA1(a)= {}\n", "00".repeat(20));
+        assert_eq!(problem(&line.repeat(2)), Problem::Corrupt);
         assert_eq!(problem("MD5(a)= 00"), Problem::Unsupported);
         assert_eq!(problem(&" ".repeat((1 << 20) + 1)), Problem::Limit);
     }
@@ -171,6 +180,8 @@ mod tests {
     proptest! {
         #[test]
         fn manifests_round_trip(files in proptest::collection::vec(("[ -~]{1,20}", any::<[u8; 64]>(), 0usize..3), 0..5)) {
+            let names: HashSet<String> = files.iter().map(|(name, ..)| name.clone()).collect();
+            prop_assume!(names.len() == files.len());
             let digests = files
                 .into_iter()
                 .map(|(name, digest, kind)| {

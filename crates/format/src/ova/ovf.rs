@@ -38,10 +38,16 @@ pub struct File {
 }
 
 impl File {
+    /// `href`, percent-decoded.
+    #[must_use]
+    pub fn decoded_href(&self) -> Vec<u8> {
+        percent_decode(self.href.as_bytes())
+    }
+
     /// Whether `name` is the file that `href` means: as it stands, or percent-decoded.
     #[must_use]
     pub fn is_named(&self, name: &[u8]) -> bool {
-        self.href.as_bytes() == name || percent_decode(self.href.as_bytes()) == name
+        self.href.as_bytes() == name || self.decoded_href() == name
     }
 }
 

@@ -1,8 +1,11 @@
 //! Descriptors of new disks.
 
 use super::descriptor::{Access, CreateType, Descriptor, Entry, Extent, ExtentKind, NO_PARENT};
-use super::geometry::{self, AdapterType, Chs};
+use super::geometry::{self, AdapterType, Chs, SPLIT_SECTORS};
 use crate::FormatError;
+
+/// Most extents of a split disk, about 64 TiB: each is a file.
+const MAX_SPLIT_EXTENTS: u64 = 32_768;
 
 /// What a new disk is to be; [`build`](Self::build) makes its descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,7 +66,7 @@ impl DescriptorBuilder {
     ///
     /// # Errors
     /// `Unsupported` for another create type, and for a parent of a kind that cannot be a delta
-    /// (flat and streamOptimized).
+    /// (flat and streamOptimized); `Limit` above 32,768 extents.
     pub fn build(&self) -> Result<Descriptor, FormatError> {
         let extents = self.extents()?;
         let sparse = extents.iter().all(|extent| extent.kind == ExtentKind::Sparse);
@@ -124,6 +127,15 @@ impl DescriptorBuilder {
                 })
                 .collect()
         };
+        let is_split =
+            matches!(self.create_type, CreateType::TwoGbMaxExtentSparse | CreateType::TwoGbMaxExtentFlat);
+        let files = self.capacity.div_ceil(SPLIT_SECTORS);
+        if is_split && files > MAX_SPLIT_EXTENTS {
+            let message = format!(
+                "{files} extents of 2047 MiB, the limit is {MAX_SPLIT_EXTENTS}: do not split the disk"
+            );
+            return Err(FormatError::limit("descriptor", message));
+        }
         match self.create_type {
             CreateType::MonolithicSparse | CreateType::StreamOptimized => {
                 let itself = extent(ExtentKind::Sparse, self.capacity, "");
@@ -192,6 +204,14 @@ mod tests {
         assert_eq!(it, builder.build().unwrap());
         builder.create_type = CreateType::StreamOptimized;
         assert_eq!(builder.build().unwrap_err().problem, Problem::Unsupported);
+        builder.parent = None;
+        builder.create_type = CreateType::TwoGbMaxExtentSparse;
+        builder.capacity = SPLIT_SECTORS * MAX_SPLIT_EXTENTS;
+        assert_eq!(builder.build().unwrap().extents.len(), 32_768);
+        builder.capacity += 1;
+        assert_eq!(builder.build().unwrap_err().problem, Problem::Limit);
+        builder.capacity = u64::MAX;
+        assert_eq!(builder.build().unwrap_err().problem, Problem::Limit);
         builder.create_type = CreateType::Vmfs;
         assert_eq!(builder.build().unwrap_err().problem, Problem::Unsupported);
     }
