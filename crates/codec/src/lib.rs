@@ -4,12 +4,14 @@
 //! Deflate is libdeflate's, zstd the reference implementation's; both are called on whole units, never as streams.
 #![deny(unsafe_code)]
 
+mod fingerprint;
 mod inflate;
 mod pack;
 mod recode;
 mod unpack;
 mod zero;
 
+pub use fingerprint::fingerprint;
 pub use pack::{Packer, default_level, level_range};
 pub use recode::rewrap;
 pub use unpack::Unpacker;

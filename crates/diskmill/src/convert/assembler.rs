@@ -199,6 +199,14 @@ pub(crate) trait Assembler: Send {
     /// A run that the output's backing file has.
     fn skip(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()>;
 
+    /// Whether [`fingerprint`](Self::fingerprint) is of use.
+    fn wants_fingerprint(&self) -> bool {
+        false
+    }
+
+    /// The fingerprint of some placed bytes; the sum over all calls is the content's, in whatever order they come.
+    fn fingerprint(&mut self, _content: u64) {}
+
     /// Refuses a disk that does not fit the format.
     fn check_size(&self, size: u64) -> Result<()>;
 

@@ -140,6 +140,7 @@ pub fn convert<'a>(
     let plan = EnginePlan::probe(options.engine, wants_uring)
         .map_err(|error| Error::io("cannot probe for io_uring", error))?;
     let packer = options.packer(&*assembler)?;
+    let fingerprint = assembler.wants_fingerprint();
     let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
     let planner = Planner::new(input, &*assembler, &options)?;
     let buffers = Buffers::new(&planner, &options, packer.is_some(), plan.kind != "sync");
@@ -155,6 +156,7 @@ pub fn convert<'a>(
         pass_packed: !options.recompress
             && options.compress.is_none_or(|compression| compression.level.is_none()),
         frame,
+        fingerprint,
         subunit,
         whole_units,
         options: &options,

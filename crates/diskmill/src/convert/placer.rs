@@ -18,7 +18,8 @@ pub(super) struct Filled {
 pub(super) enum FilledKind {
     Zero,
     Skip,
-    Units(Vec<Unit>, Buf),
+    /// Units, the buffer with their bytes, and a fingerprint of these.
+    Units(Vec<Unit>, Buf, u64),
 }
 
 /// Writes that have their places, and the buffer they come from.
@@ -150,7 +151,8 @@ impl State {
                 self.assembler.skip(guest, &mut ops)?;
                 None
             }
-            FilledKind::Units(units, buf) => {
+            FilledKind::Units(units, buf, content) => {
+                self.assembler.fingerprint(content);
                 let zeros = units.iter().filter(|unit| **unit == Unit::Zero).count() as u64;
                 monitor.add_zero((zeros * self.assembler.unit()).min(len));
                 self.assembler.place(guest, &units, &mut ops)?;

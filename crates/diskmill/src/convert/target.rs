@@ -255,7 +255,7 @@ impl Target {
     }
 
     pub(super) fn write_error(&self, at: u64, error: std::io::Error) -> Error {
-        let full = error.kind() == std::io::ErrorKind::StorageFull;
+        let full = error.kind() == std::io::ErrorKind::StorageFull && matches!(self.main, Main::Pending(..));
         let error = Error::io(format!("cannot write at offset {at:#x}"), error).of(&self.path);
         if full { error.hint("the disk is full; the unfinished output was removed") } else { error }
     }

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskmill_codec::{Codec, Packer, Unpacker, is_zero};
+use diskmill_codec::{Codec, Packer, Unpacker, fingerprint, is_zero};
 use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
 
 use super::assembler::{Frame, Unit, WriteWhat};
@@ -28,6 +28,8 @@ pub(super) struct Shared<'a> {
     /// Payloads of the source may be passed on as they are.
     pub(super) pass_packed: bool,
     pub(super) frame: Option<Frame>,
+    /// The assembler wants a fingerprint of the content.
+    pub(super) fingerprint: bool,
     pub(super) subunit: u64,
     pub(super) whole_units: bool,
     pub(super) options: &'a ConvertOptions,
@@ -391,6 +393,7 @@ impl<'s, 'a> Worker<'s, 'a> {
         let area = buf.get(..filled).ok_or_else(|| Error::invalid("a job longer than its buffer"))?;
         let scan = self.shared.options.granule() != 0;
         let mut units: Vec<Unit> = area.chunks(unit).map(|bytes| self.classify(bytes, scan)).collect();
+        let content = if self.shared.fingerprint { fingerprint(guest.start, area, unit) } else { 0 };
         let buf = match (&mut self.packer, self.scratch.take()) {
             (Some((codec, packer)), Some(mut scratch)) => {
                 let codec = *codec;
@@ -402,7 +405,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             }
             _ => buf,
         };
-        self.deposit(seq, Filled { guest, kind: FilledKind::Units(units, buf) })
+        self.deposit(seq, Filled { guest, kind: FilledKind::Units(units, buf, content) })
     }
 
     fn classify(&self, bytes: &[u8], scan: bool) -> Unit {

@@ -1,7 +1,6 @@
 use std::ops::Range;
 
 use diskmill_format::vmdk::{SECTOR_BYTES, geometry};
-use sha2::{Digest, Sha256};
 
 use super::options::{Subformat, VmdkOptions};
 use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
@@ -17,19 +16,20 @@ pub(super) struct FlatAssembler {
     name: Vec<u8>,
     size: u64,
     unit: u64,
+    /// Fingerprint of what was placed.
+    content: u64,
 }
 
 impl FlatAssembler {
     /// Looks for zeros in granules of `unit` bytes.
     pub(super) fn new(options: VmdkOptions, name: &[u8], size: u64, unit: u64) -> Result<Self> {
-        let made = Self { options, name: name.to_vec(), size, unit: unit.min(MAX_UNIT) };
+        let made = Self { options, name: name.to_vec(), size, unit: unit.min(MAX_UNIT), content: 0 };
         made.descriptor()?;
         Ok(made)
     }
 
     fn descriptor(&self) -> Result<Vec<u8>> {
-        // The content is not known here: the identity is that of size and options.
-        Ok(self.options.describe(&self.name, self.size, &Sha256::new())?.write()?)
+        Ok(self.options.describe(&self.name, self.size, self.content)?.write()?)
     }
 
     fn step(&self) -> u64 {
@@ -68,6 +68,14 @@ impl Assembler for FlatAssembler {
 
     fn skip(&mut self, _run: Range<u64>, _out: &mut Vec<WriteOp>) -> Result<()> {
         Ok(())
+    }
+
+    fn fingerprint(&mut self, content: u64) {
+        self.content = self.content.wrapping_add(content);
+    }
+
+    fn wants_fingerprint(&self) -> bool {
+        true
     }
 
     fn check_size(&self, _size: u64) -> Result<()> {

@@ -171,7 +171,7 @@ impl VmdkOptions {
     }
 
     /// The descriptor of a disk of `size` bytes in a file of this name. `digest` holds what is known of the content.
-    pub(super) fn describe(&self, name: &[u8], size: u64, digest: &Sha256) -> Result<Descriptor> {
+    pub(super) fn describe(&self, name: &[u8], size: u64, content: u64) -> Result<Descriptor> {
         let kind = self.subformat.create_type();
         let mut builder = DescriptorBuilder::new(kind, size.div_ceil(SECTOR_BYTES), name, 0);
         builder.adapter = self.adapter.clone();
@@ -183,7 +183,7 @@ impl VmdkOptions {
         };
         // Never random: the same input and options give the same bytes.
         let text = builder.build()?.write()?;
-        let digest = digest.clone().chain_update(text).finalize();
+        let digest = Sha256::new().chain_update(content.to_le_bytes()).chain_update(text).finalize();
         builder.content_id = digest.first_chunk().map_or(0, |id: &[u8; 16]| u128::from_be_bytes(*id));
         Ok(builder.build()?)
     }
@@ -193,7 +193,7 @@ impl VmdkOptions {
         if !self.subformat.has_extent_files() {
             return Ok(Vec::new());
         }
-        let descriptor = self.describe(name, known(size)?, &Sha256::new())?;
+        let descriptor = self.describe(name, known(size)?, 0)?;
         if descriptor.extents.is_empty() {
             return Err(Error::unsupported("a disk of no bytes, split into extents")
                 .hint("use subformat=monolithicSparse"));

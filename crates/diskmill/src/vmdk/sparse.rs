@@ -5,7 +5,6 @@ use diskmill_format::vmdk::sparse::{
     DEFAULT_DESCRIPTOR_SECTORS, DEFAULT_GRAIN_SECTORS, SparseLayout, encode_table,
 };
 use diskmill_format::vmdk::{SECTOR_BYTES, geometry};
-use sha2::{Digest, Sha256};
 
 use super::options::{Subformat, VmdkOptions};
 use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
@@ -30,7 +29,8 @@ pub(super) struct SparseAssembler {
     /// Bytes of the extents that are done.
     lens: Vec<u64>,
     /// What the disk's identity is made of: where there is data.
-    digest: Sha256,
+    /// Fingerprint of what was placed.
+    content: u64,
 }
 
 struct Extent {
@@ -46,21 +46,14 @@ struct Extent {
 impl SparseAssembler {
     pub(super) fn new(options: VmdkOptions, name: &[u8], size: u64) -> Result<Self> {
         let split = options.subformat == Subformat::TwoGbMaxExtentSparse;
-        let made = Self {
-            options,
-            name: name.to_vec(),
-            size,
-            split,
-            extent: None,
-            lens: Vec::new(),
-            digest: Sha256::new(),
-        };
+        let made =
+            Self { options, name: name.to_vec(), size, split, extent: None, lens: Vec::new(), content: 0 };
         made.descriptor()?;
         Ok(made)
     }
 
     fn descriptor(&self) -> Result<Vec<u8>> {
-        let text = self.options.describe(&self.name, self.size, &self.digest)?.write()?;
+        let text = self.options.describe(&self.name, self.size, self.content)?.write()?;
         if !self.split && text.len() as u64 > DEFAULT_DESCRIPTOR_SECTORS * SECTOR_BYTES {
             return Err(Error::new(Kind::Limit, "the descriptor does not fit: choose shorter names"));
         }
@@ -100,7 +93,7 @@ impl SparseAssembler {
     }
 
     fn complete(&mut self, mut extent: Extent, out: &mut Vec<WriteOp>) -> Result<()> {
-        extent.flush(&mut self.digest, out);
+        extent.flush(out);
         let header = &extent.layout.header;
         for (at, first) in
             [(header.rgd_offset, extent.layout.redundant_tables), (header.gd_offset, extent.layout.tables)]
@@ -116,13 +109,9 @@ impl SparseAssembler {
     }
 
     /// The extent that the guest offset lies in, made current.
-    fn extent_at(&mut self, guest: u64, out: &mut Vec<WriteOp>) -> Result<(&mut Extent, &mut Sha256)> {
+    fn extent_at(&mut self, guest: u64, out: &mut Vec<WriteOp>) -> Result<&mut Extent> {
         self.advance(guest / self.step(), out)?;
-        let digest = &mut self.digest;
-        self.extent
-            .as_mut()
-            .map(|extent| (extent, digest))
-            .ok_or_else(|| Error::invalid("an extent that is not there"))
+        self.extent.as_mut().ok_or_else(|| Error::invalid("an extent that is not there"))
     }
 
     fn place_zero(&mut self, guest: u64, out: &mut Vec<WriteOp>) -> Result<()> {
@@ -130,10 +119,10 @@ impl SparseAssembler {
             return Ok(());
         }
         let (step, zeroed) = (self.step(), self.options.zeroed_grain);
-        let (extent, digest) = self.extent_at(guest, out)?;
+        let extent = self.extent_at(guest, out)?;
         // Without zeroed grains zeros take a grain, which as a hole of the file costs nothing.
         let entry = if zeroed { ZEROED } else { extent.take()? };
-        extent.set(guest % step, entry, digest, out);
+        extent.set(guest % step, entry, out);
         Ok(())
     }
 }
@@ -148,11 +137,11 @@ impl Extent {
     }
 
     /// Sets the entry of the grain at `within` the extent; a table that is left is written.
-    fn set(&mut self, within: u64, entry: u32, digest: &mut Sha256, out: &mut Vec<WriteOp>) {
+    fn set(&mut self, within: u64, entry: u32, out: &mut Vec<WriteOp>) {
         let entries = self.layout.geometry.table_entries;
         let grain = within / GRAIN;
         if self.table.as_ref().is_none_or(|(number, _)| *number != grain / entries) {
-            self.flush(digest, out);
+            self.flush(out);
             self.table = Some((grain / entries, vec![0; entries as usize]));
         }
         if let Some((_, table)) = &mut self.table
@@ -162,11 +151,9 @@ impl Extent {
         }
     }
 
-    fn flush(&mut self, digest: &mut Sha256, out: &mut Vec<WriteOp>) {
+    fn flush(&mut self, out: &mut Vec<WriteOp>) {
         let Some((number, entries)) = self.table.take() else { return };
         let bytes = encode_table(&entries);
-        digest.update(number.to_le_bytes());
-        digest.update(&bytes);
         for first in [self.layout.redundant_tables, self.layout.tables] {
             let at = u64::from(first) * SECTOR_BYTES + number * self.layout.geometry.table_bytes;
             out.push(WriteOp { file: self.file, ..WriteOp::bytes(at, bytes.clone()) });
@@ -194,10 +181,10 @@ impl Assembler for SparseAssembler {
                 self.place_zero(at, out)?;
                 continue;
             }
-            let (extent, digest) = self.extent_at(at, out)?;
+            let extent = self.extent_at(at, out)?;
             let sector = extent.take()?;
             let file = extent.file;
-            extent.set(at % step, sector, digest, out);
+            extent.set(at % step, sector, out);
             WriteOp::push_buf(
                 out,
                 file,
@@ -221,6 +208,14 @@ impl Assembler for SparseAssembler {
 
     fn skip(&mut self, _run: Range<u64>, _out: &mut Vec<WriteOp>) -> Result<()> {
         Ok(())
+    }
+
+    fn fingerprint(&mut self, content: u64) {
+        self.content = self.content.wrapping_add(content);
+    }
+
+    fn wants_fingerprint(&self) -> bool {
+        true
     }
 
     fn check_size(&self, _size: u64) -> Result<()> {

@@ -6,7 +6,6 @@ use diskmill_format::vmdk::sparse::{
     DEFAULT_DESCRIPTOR_SECTORS, DEFAULT_GRAIN_SECTORS, MAX_GTES_PER_GT, encode_table,
 };
 use diskmill_format::vmdk::{Marker, SECTOR_BYTES, SparseHeader, marker};
-use sha2::{Digest, Sha256};
 
 use super::options::{Subformat, VmdkOptions};
 use crate::convert::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
@@ -55,7 +54,7 @@ impl StreamAssembler {
     /// Everything before the first grain.
     fn head(&self, size: u64) -> Result<Vec<u8>> {
         let header = SparseHeader::stream_optimized(size.div_ceil(SECTOR_BYTES));
-        let descriptor = self.options.describe(&self.name, size, &Sha256::new())?.write()?;
+        let descriptor = self.options.describe(&self.name, size, 0)?.write()?;
         if descriptor.len() as u64 > DEFAULT_DESCRIPTOR_SECTORS * SECTOR_BYTES {
             return Err(Error::new(Kind::Limit, "the descriptor does not fit: choose shorter names"));
         }
