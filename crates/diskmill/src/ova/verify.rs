@@ -41,7 +41,7 @@ pub struct FileCheck {
 /// files that have none. Only the manifest itself and its certificate need none.
 ///
 /// # Errors
-/// [`Kind::Invalid`](crate::Kind::Invalid) if the archive has no manifest; [`Kind::Corrupt`](crate::Kind::Corrupt) for
+/// [`Kind::Invalid`] if the archive has no manifest; [`Kind::Corrupt`] for
 /// a damaged archive or manifest, or two files of one name. A wrong digest is an [`Outcome`], not an error.
 pub fn verify(path: impl AsRef<Path>, limits: &Limits) -> Result<Vec<FileCheck>> {
     let path = path.as_ref();
