@@ -5,7 +5,7 @@
 //!   through plain positioned system calls. One engine per worker thread.
 //! * holes, zero ranges and clones, as methods of [`Storage`]; [`ImageLock`]s that QEMU understands.
 //! * [`PipeReader`] and [`PipeWriter`]: streams, front to back.
-//! * [`PendingFile`]: output that appears under its name only when it is whole; [`temporary`]: a file without a name.
+//! * [`PendingFile`]: output that appears under its name only when it is whole; [`temporary()`]: a file without a name.
 //!
 //! This is the only crate of the workspace with `unsafe` code. It knows nothing of image formats.
 
