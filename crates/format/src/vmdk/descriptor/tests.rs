@@ -165,6 +165,7 @@ fn a_value_is_replaced_in_place() {
     assert_eq!(with("CID", b"a\nb"), None);
     assert_eq!(replace_value(b"\xef\xbb\xbfCID=1", "CID", b"2").unwrap(), b"\xef\xbb\xbfCID=2");
     assert_eq!(replace_value(b"a=\"open", "a", b"x").unwrap(), b"a=\"x");
+    assert_eq!(replace_value(b"a=\"open\t", "a", b"x").unwrap(), b"a=\"x\t");
 }
 
 #[test]

@@ -153,9 +153,12 @@ pub fn replace_value(text: &[u8], key: &str, value: &[u8]) -> Option<Vec<u8>> {
     if old.quoted {
         let close = line.iter().rposition(|&byte| byte == b'"')?;
         let open = line.iter().position(|&byte| byte == b'"')?;
-        tail = if close > open { line.len() - close } else { 0 };
+        // An open quote ends where the line does, but for blanks.
+        tail = if close > open { line.len() - close } else { tail };
     }
     let end = bom.checked_add(offset)?.checked_add(line.len())?.checked_sub(tail)?;
     let start = end.checked_sub(old.value.len())?;
+    // Whatever reads the line differently must not lead to a cut in the wrong place.
+    (text.get(start..end)? == old.value).then_some(())?;
     Some([text.get(..start)?, value, text.get(end..)?].concat())
 }
