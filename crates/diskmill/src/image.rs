@@ -262,6 +262,8 @@ struct Opener<'a> {
     image: Image,
     /// Device and inode of each file, to find loops.
     seen: Vec<(u64, u64)>,
+    /// Bytes of all layers' snapshot tables: each is bounded, and so is their sum.
+    snapshot_bytes: u64,
     /// The disk is inside an archive, and so cannot name files.
     archived: bool,
 }
@@ -269,7 +271,7 @@ struct Opener<'a> {
 impl<'a> Opener<'a> {
     fn new(options: &'a OpenOptions) -> Self {
         let image = Image { layers: Vec::new(), files: Vec::new(), _locks: Vec::new() };
-        Self { options, image, seen: Vec::new(), archived: false }
+        Self { options, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
     }
 
     fn open(mut self, path: &Path) -> Result<Image> {
@@ -388,6 +390,15 @@ impl<'a> Opener<'a> {
         root: &Path,
     ) -> Result<(Qcow2Layout, Option<Next>)> {
         let read = Qcow2Info::read(&*storage, &self.options.limits)?;
+        let held =
+            |snapshot: &Snapshot| (size_of::<Snapshot>() + snapshot.id.len() + snapshot.name.len()) as u64;
+        self.snapshot_bytes += read.snapshots.iter().map(held).sum::<u64>();
+        if self.snapshot_bytes > self.options.limits.qcow2_snapshot_table_bytes {
+            return Err(Error::new(
+                Kind::Limit,
+                "the snapshot tables of the backing chain are too large together",
+            ));
+        }
         let header = &read.area.header;
         if !self.options.metadata_only {
             refuse_encryption(header)?;
