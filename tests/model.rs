@@ -3,7 +3,7 @@
 //! `PROPTEST_CASES` sets the number of cases (default 64 here); a failure prints the smallest case.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use diskmill_testkit::{ModelDisk, Oracle, Step, Tool, legalise, ops, same_content, scratch, unpack};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Step, Tool, legalise, ops, same_content, scratch, unpack};
 use proptest::prelude::*;
 
 fn diskmill() -> Tool {
@@ -113,7 +113,13 @@ fn check(layers: &[Layer], target: &Target) {
         } else {
             ModelDisk::over(&model, layer.size, layer.cluster(), layer.v2)
         };
-        q.write(&name, "qcow2", &layer.steps);
+        let packs = |step: &Step| matches!(step.op, Op::Compressed(_));
+        if let Err(refusal) = q.try_write(&name, "qcow2", &layer.steps) {
+            // Only what QEMU is known to refuse may end a case.
+            assert!(layer.steps.iter().any(packs), "{refusal}");
+            eprintln!("SKIPPED: a case whose compressed writes qemu-io refuses");
+            return;
+        }
         layer.steps.iter().for_each(|step| model.apply(step));
         snapshot = None;
         if layer.snapshot {
