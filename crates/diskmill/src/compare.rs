@@ -68,9 +68,8 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         first: AtomicU64::new(u64::MAX),
         monitor,
     };
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        for _ in 1..options.threads.unwrap_or(cpus) {
+        for _ in 1..options.threads.unwrap_or_else(diskmill_io::cpus) {
             // With fewer threads than planned the work gets done all the same.
             if std::thread::Builder::new().spawn_scoped(scope, || shared.work(a, b)).is_err() {
                 break;

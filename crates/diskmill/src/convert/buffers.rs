@@ -1,6 +1,6 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use diskmill_io::Buf;
+use diskmill_io::{Buf, cpus};
 
 use super::ConvertOptions;
 use super::planner::Planner;
@@ -68,9 +68,8 @@ impl Buffers {
         let per_worker = Sizes::per_worker(packs);
         let depth = if asynchronous { DEPTH } else { 1 };
         let waiting = if packs { WAITING_PACKED } else { WAITING };
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let fitting = usize::try_from(options.memory / each / per_worker).unwrap_or(usize::MAX);
-        let workers = options.threads.unwrap_or(cpus).min(fitting).max(1);
+        let workers = options.threads.unwrap_or_else(cpus).min(fitting).max(1);
         let scratch = if packs { workers as u64 } else { 0 };
         let affordable =
             usize::try_from((options.memory / each).saturating_sub(scratch)).unwrap_or(usize::MAX);

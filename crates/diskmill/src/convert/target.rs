@@ -463,22 +463,32 @@ fn file_name(path: &Path) -> &[u8] {
     path.file_name().unwrap_or_default().as_bytes()
 }
 
-/// Finds the parent of a VMDK output, and writes down its CID.
-fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Result<()> {
-    let Some(name) = &options.backing_file else { return Ok(()) };
+/// Opens the backing file that the output at `path` is to have. Returns its path too.
+fn open_backing(
+    name: &str,
+    format: Option<Format>,
+    path: &Path,
+    sources: &[Image],
+) -> Result<(Image, PathBuf)> {
     if sources.len() != 1 {
         return Err(Error::invalid("an output with a backing file takes exactly one source image"));
     }
-    let parent = resolve(name.as_bytes(), path, "backing file")?;
-    refuse_itself(&parent, path)?;
+    let backing = resolve(name.as_bytes(), path, "backing file")?;
+    refuse_itself(&backing, path)?;
     let open = OpenOptions {
-        format: Some(Format::Vmdk),
-        // The user named it, and only its CID is looked at.
+        format,
+        // The user named it, and only its metadata is looked at.
         policy: OpenPolicy { allow: Allow::Anything, paths: Vec::new() },
         metadata_only: true,
         ..OpenOptions::default()
     };
-    let image = Image::open(&parent, &open)?;
+    Ok((Image::open(&backing, &open)?, backing))
+}
+
+/// Finds the parent of a VMDK output, and writes down its CID.
+fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Result<()> {
+    let Some(name) = &options.backing_file else { return Ok(()) };
+    let (image, parent) = open_backing(name, Some(Format::Vmdk), path, sources)?;
     let cid = match &image.info().specific {
         FormatInfo::Vmdk(vmdk) => vmdk.descriptor.as_ref().and_then(|descriptor| descriptor.cid),
         _ => None,
@@ -493,19 +503,8 @@ fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Re
 /// Finds the backing file of the output, and writes down its format.
 fn check_backing(options: &mut Qcow2Options, path: &Path, sources: &[Image]) -> Result<()> {
     let Some(name) = &options.backing_file else { return Ok(()) };
-    if sources.len() != 1 {
-        return Err(Error::invalid("an output with a backing file takes exactly one source image"));
-    }
-    let backing = resolve(name.as_bytes(), path, "backing file")?;
-    refuse_itself(&backing, path)?;
-    let open = OpenOptions {
-        format: options.backing_format.as_deref().map(str::parse).transpose()?,
-        // The user named it, and only its size and format are looked at.
-        policy: OpenPolicy { allow: Allow::Anything, paths: Vec::new() },
-        metadata_only: true,
-        ..OpenOptions::default()
-    };
-    let backing = Image::open(&backing, &open)?;
+    let format = options.backing_format.as_deref().map(str::parse).transpose()?;
+    let (backing, _) = open_backing(name, format, path, sources)?;
     if options.backing_format.is_none() {
         options.backing_format = Some(backing.info().format.name().to_owned());
     }
