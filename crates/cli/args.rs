@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use diskmill::convert::TargetFormat;
+use diskmill::convert::{Reflink, TargetFormat};
 use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, SnapshotRef, parse_size};
 
 const EXAMPLES: &str = "\
@@ -79,9 +79,9 @@ pub(crate) struct ConvertArgs {
     #[command(flatten)]
     pub(crate) progress: ProgressArgs,
 
-    /// Runs of zeros of at least SIZE bytes are left out of the target; 0 allocates everything
-    #[arg(short = 'S', long, value_name = "SIZE", default_value = "4k", value_parser = parse_size)]
-    pub(crate) sparse_size: u64,
+    /// Runs of zeros of at least SIZE bytes are left out of the target [default: 4k]; 0 allocates everything
+    #[arg(short = 'S', long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) sparse_size: Option<u64>,
 
     /// qemu-img's number of coroutines, 1 to 16: accepted and ignored, see --threads
     #[arg(short = 'm', long = "parallel", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
@@ -91,9 +91,15 @@ pub(crate) struct ConvertArgs {
     #[arg(short = 'W', long = "oob-writes")]
     pub(crate) _oob_writes: bool,
 
-    /// Accepted and ignored: ranges are cloned or copied by the kernel where that can be done
+    /// Share blocks with the sources, as cp does, where one file system (XFS, btrfs, bcachefs) has both; zeros are then not
+    /// looked for [default: auto, but never with -S]
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) reflink: Option<When>,
+
+    /// Let the kernel copy what cannot be shared: for network file systems whose server copies; zeros are then not
+    /// looked for
     #[arg(short = 'C', long = "copy-range-offloading")]
-    pub(crate) _copy_range: bool,
+    pub(crate) copy_range: bool,
 
     /// qemu-img's cache mode for the target: none is --direct, writethrough --sync, directsync both
     #[arg(short = 't', long, value_name = "CACHE")]
@@ -343,6 +349,27 @@ impl From<Io> for EngineChoice {
             Io::Auto => Self::Auto,
             Io::Uring => Self::Uring,
             Io::Sync => Self::Sync,
+        }
+    }
+}
+
+/// As in `cp --reflink`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum When {
+    /// Where it can be done
+    Auto,
+    /// Fail where it cannot be done
+    Always,
+    /// Not at all
+    Never,
+}
+
+impl From<When> for Reflink {
+    fn from(when: When) -> Self {
+        match when {
+            When::Auto => Self::Auto,
+            When::Always => Self::Always,
+            When::Never => Self::Never,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill::convert::{
-    BadRange, Compression, ConvertOptions, Input, Monitor, Output, Summary, TargetFormat,
+    BadRange, Compression, ConvertOptions, Input, Monitor, Output, Reflink, Summary, TargetFormat,
 };
 use diskmill::vmdk::VmdkStream;
 use diskmill::{Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
@@ -37,6 +37,10 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
         return Err(Failure::usage(
             "--json and a TARGET on standard output (-) exclude each other: both want it",
         ));
+    }
+    if args.copy_range && (args.sparse_size.is_some() || args.compress) {
+        let other = if args.compress { "-c" } else { "-S" };
+        return Err(Failure::usage(format!("Cannot enable copy offloading when {other} is used")));
     }
     let convert = convert_options(&args)?;
     let output = if to_stdout {
@@ -109,7 +113,7 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
     Ok(ConvertOptions {
         format,
         compress: args.compress.then_some(Compression { level: args.level }),
-        sparse_size: args.sparse_size,
+        sparse_size: args.sparse_size.unwrap_or(ConvertOptions::default().sparse_size),
         create: !args.no_create,
         target_is_zero: args.target_is_zero,
         threads: args.threads,
@@ -119,6 +123,13 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         sync: args.sync || cache(CacheMode::is_durable),
         salvage: args.salvage,
         recompress: args.recompress,
+        // Who asks for zeros to be found wants the data to be looked at.
+        reflink: match (args.reflink, args.sparse_size) {
+            (Some(when), _) => when.into(),
+            (None, Some(_)) => Reflink::Never,
+            (None, None) => Reflink::Auto,
+        },
+        copy_offload: args.copy_range,
     })
 }
 
@@ -175,7 +186,10 @@ fn report(summary: &Summary, sources: &[PathBuf], target: &Path) -> serde_json::
         "bytes-read": summary.bytes_read,
         "bytes-written": summary.bytes_written,
         "bytes-zero": summary.bytes_zero,
+        "bytes-cloned": summary.bytes_cloned,
+        "bytes-copied-in-kernel": summary.bytes_copied,
         "bytes-passed-packed": summary.bytes_passed,
+        "bytes-packed": summary.bytes_packed,
         "engine": summary.engine,
         "engine-reason": summary.engine_reason,
         "threads": summary.threads,

@@ -30,6 +30,8 @@ struct State {
     sync_fails: bool,
     space_left: Option<u64>,
     max_transfer: Option<usize>,
+    /// Clones that are still to succeed; none can be had while this is `None`.
+    clones_left: Option<usize>,
     journal: Option<Journal>,
 }
 
@@ -72,6 +74,12 @@ impl FaultyStorage {
     /// Writes fail with ENOSPC after `bytes` more bytes; the last one before that is short.
     pub fn limit_space(&self, bytes: u64) {
         self.state().space_left = Some(bytes);
+    }
+
+    /// The next `count` clones succeed, by copying; those after them fail with EIO. Without this, clones are
+    /// `Unsupported`.
+    pub fn allow_clones(&self, count: usize) {
+        self.state().clones_left = Some(count);
     }
 
     /// Each read and write moves at most `bytes` (at least 1).
@@ -257,8 +265,27 @@ impl Storage for FaultyStorage {
         self.change(Change::Zero { at: end, len: 0 }, || self.inner.allocate(at, len))
     }
 
-    fn clone_range(&self, _at: u64, _src: &dyn Storage, _src_at: u64, _len: u64) -> io::Result<()> {
-        Err(unsupported("cannot clone into a faulty disk", &io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
+    fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()> {
+        match &mut self.state().clones_left {
+            None => {
+                let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+                return Err(unsupported("cannot clone into a faulty disk", &error));
+            }
+            Some(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            Some(left) => *left -= 1,
+        }
+        let mut done = 0;
+        let mut buf = [0; 4096];
+        while done < len {
+            let part = &mut buf[..(len - done).min(4096) as usize];
+            let got = src.read_at(part, src_at + done)?;
+            let written = self.write_at(&part[..got], at + done)?;
+            if written == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            done += written as u64;
+        }
+        Ok(())
     }
 
     fn copy_range(&self, _at: u64, _src: &dyn Storage, _src_at: u64, _len: u64) -> io::Result<u64> {

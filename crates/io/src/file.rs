@@ -122,6 +122,15 @@ impl FileStorage {
         sector_size(&self.file).map_or(512, u64::from)
     }
 
+    /// What the file system says of itself.
+    fn statfs(&self) -> Option<libc::statfs> {
+        let mut stat = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: fstatfs fills the struct that it is given; the descriptor is open.
+        let found = retry(|| i64::from(unsafe { libc::fstatfs(self.file.as_raw_fd(), stat.as_mut_ptr()) }));
+        // SAFETY: it was filled, since the call succeeded.
+        found.ok().map(|_| unsafe { stat.assume_init() })
+    }
+
     fn fallocate(&self, mode: libc::c_int, at: u64, len: u64) -> io::Result<()> {
         let (at, len) = (offset(at)?, offset(len)?);
         // SAFETY: takes numbers only; the descriptor is open for the life of `self`.
@@ -283,11 +292,12 @@ impl Storage for FileStorage {
     }
 
     fn gains_from_allocate(&self) -> bool {
-        let mut stat = MaybeUninit::<libc::statfs>::uninit();
-        // SAFETY: fstatfs fills the struct that it is given; the descriptor is open.
-        let found = unsafe { libc::fstatfs(self.file.as_raw_fd(), stat.as_mut_ptr()) };
-        // SAFETY: it was filled, since the call succeeded.
-        !self.device && found == 0 && unsafe { stat.assume_init() }.f_type == libc::EXT4_SUPER_MAGIC
+        !self.device && self.statfs().is_some_and(|stat| stat.f_type == libc::EXT4_SUPER_MAGIC)
+    }
+
+    fn block_size(&self) -> Option<u64> {
+        let size = self.statfs().filter(|_| !self.device)?.f_bsize;
+        u64::try_from(size).ok().filter(|size| size.is_power_of_two())
     }
 
     fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()> {

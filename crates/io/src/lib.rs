@@ -100,6 +100,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn gains_from_allocate(&self) -> bool {
         false
     }
+    /// The block size of the file system in bytes: what offsets and lengths of clones must be multiples of. `None` for
+    /// whatever is not a regular file.
+    fn block_size(&self) -> Option<u64> {
+        None
+    }
     /// Shares the blocks of `src[src_at..src_at+len]` at `at` (`FICLONERANGE`).
     /// `Unsupported` (EOPNOTSUPP, EXDEV, EINVAL, ...) where that is not to be had.
     fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()>;

@@ -9,6 +9,7 @@ mod assembler;
 mod buffers;
 mod existing;
 mod monitor;
+mod offload;
 mod options;
 mod pack;
 mod placer;
@@ -24,7 +25,7 @@ use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
 pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
 pub use monitor::Monitor;
-pub use options::{Compression, ConvertOptions, RawOptions, TargetFormat};
+pub use options::{Compression, ConvertOptions, RawOptions, Reflink, TargetFormat};
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -85,12 +86,18 @@ pub struct Summary {
     pub virtual_size: u64,
     /// Bytes read from the source's files, without metadata.
     pub bytes_read: u64,
-    /// Bytes written to the output's files, metadata included.
+    /// Bytes written to the output's files, metadata included, without what was cloned or copied in the kernel.
     pub bytes_written: u64,
     /// Guest bytes that are zeros and were not written.
     pub bytes_zero: u64,
     /// Guest bytes whose packed form was taken over from the source, checked but not packed anew.
     pub bytes_passed: u64,
+    /// Guest bytes that were packed anew.
+    pub bytes_packed: u64,
+    /// Bytes whose blocks the output shares with the source: neither read nor written.
+    pub bytes_cloned: u64,
+    /// Bytes that were copied inside the kernel.
+    pub bytes_copied: u64,
     /// The I/O engine that ran: `io_uring` or `sync`.
     pub engine: &'static str,
     /// Why that one.
@@ -142,7 +149,8 @@ pub fn convert<'a>(
     let packer = options.packer(&*assembler)?;
     let fingerprint = assembler.wants_fingerprint();
     let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
-    let planner = Planner::new(input, &*assembler, &options)?;
+    let offload = target.offload(sources, &options, packer.is_some())?;
+    let planner = Planner::new(input, &*assembler, &options, offload)?;
     let buffers = Buffers::new(&planner, &options, packer.is_some(), plan.kind != "sync");
     let threads = buffers.workers();
 
@@ -191,6 +199,9 @@ pub fn convert<'a>(
         bytes_written: monitor.bytes_written(),
         bytes_zero: monitor.bytes_zero(),
         bytes_passed: monitor.bytes_passed(),
+        bytes_packed: monitor.bytes_packed(),
+        bytes_cloned: monitor.bytes_cloned(),
+        bytes_copied: monitor.bytes_copied(),
         engine: plan.kind,
         engine_reason: plan.reason,
         threads,

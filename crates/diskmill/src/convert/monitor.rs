@@ -9,6 +9,9 @@ pub struct Monitor {
     written: AtomicU64,
     zero: AtomicU64,
     passed: AtomicU64,
+    packed: AtomicU64,
+    cloned: AtomicU64,
+    copied: AtomicU64,
     cancelled: AtomicBool,
 }
 
@@ -57,6 +60,33 @@ impl Monitor {
     /// Guest bytes whose packed form was taken over from the source.
     pub fn bytes_passed(&self) -> u64 {
         self.passed.load(Relaxed)
+    }
+
+    /// Guest bytes that were packed anew.
+    pub fn bytes_packed(&self) -> u64 {
+        self.packed.load(Relaxed)
+    }
+
+    /// Bytes whose blocks the output shares with the source.
+    pub fn bytes_cloned(&self) -> u64 {
+        self.cloned.load(Relaxed)
+    }
+
+    /// Bytes that were copied inside the kernel.
+    pub fn bytes_copied(&self) -> u64 {
+        self.copied.load(Relaxed)
+    }
+
+    pub(super) fn add_packed(&self, bytes: u64) {
+        self.packed.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn add_cloned(&self, bytes: u64) {
+        self.cloned.fetch_add(bytes, Relaxed);
+    }
+
+    pub(super) fn add_copied(&self, bytes: u64) {
+        self.copied.fetch_add(bytes, Relaxed);
     }
 
     pub(super) fn add_passed(&self, bytes: u64) {

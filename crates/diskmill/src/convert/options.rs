@@ -120,6 +120,21 @@ pub struct Compression {
     pub level: Option<i32>,
 }
 
+/// Whether the output may share blocks with the source, where both lie on one file system that can (XFS, btrfs,
+/// bcachefs): as `cp --reflink`. What is shared is not read, so zeros in it are not looked for; holes stay holes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reflink {
+    /// Where it can be had, unless other options stand against it: zeros are data too, blocks are to be reserved, the
+    /// output is packed, or damage is to be found (salvage).
+    #[default]
+    Auto,
+    /// As `Auto`, but where it cannot be had the conversion fails. What cannot be shared in any case (packed units,
+    /// the end of a disk) is still copied.
+    Always,
+    /// Every byte gets blocks of its own.
+    Never,
+}
+
 /// How to convert.
 #[derive(Debug, Clone)]
 pub struct ConvertOptions {
@@ -150,6 +165,11 @@ pub struct ConvertOptions {
     /// Pack everything anew, even what the source has packed in a way that the output can take over. A level in
     /// [`compress`](Self::compress) does the same.
     pub recompress: bool,
+    /// Whether the output may share blocks with the source.
+    pub reflink: Reflink,
+    /// Copy plain data inside the kernel (`copy_file_range`) where it cannot be cloned, and do not look for zeros in it:
+    /// for file systems whose server copies (NFS 4.2, SMB). On local ones it gains nothing.
+    pub copy_offload: bool,
 }
 
 impl Default for ConvertOptions {
@@ -167,6 +187,8 @@ impl Default for ConvertOptions {
             sync: false,
             salvage: false,
             recompress: false,
+            reflink: Reflink::Auto,
+            copy_offload: false,
         }
     }
 }
@@ -229,6 +251,21 @@ impl ConvertOptions {
         let level = level.unwrap_or(frame.map_or(default_level(codec), |frame| frame.level));
         Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
         Ok(Some((codec, level)))
+    }
+
+    /// What stands against moving plain data without looking at it.
+    pub(super) fn must_look(&self) -> Option<&'static str> {
+        let preallocation = match &self.format {
+            TargetFormat::Raw(options) => options.preallocation,
+            TargetFormat::Qcow2(options) => options.preallocation,
+            TargetFormat::Vmdk(_) | TargetFormat::Ova(_) => Preallocation::Off,
+        };
+        match preallocation {
+            Preallocation::Falloc | Preallocation::Full => Some("preallocation"),
+            _ if self.granule() == 0 => Some("a sparse size of 0"),
+            _ if self.salvage => Some("salvage"),
+            _ => None,
+        }
     }
 
     /// The granule for zero detection: a power of two, or 0 for none.

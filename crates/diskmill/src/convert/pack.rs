@@ -114,7 +114,9 @@ impl JobPacker<'_> {
             self.monitor.add_passed(bytes.len() as u64);
             return Ok(Some(len));
         }
-        self.packer.pack(bytes, out).map_err(|error| Error::invalid(error.to_string()))
+        let packed = self.packer.pack(bytes, out).map_err(|error| Error::invalid(error.to_string()))?;
+        self.monitor.add_packed(bytes.len() as u64);
+        Ok(packed)
     }
 }
 

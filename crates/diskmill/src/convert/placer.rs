@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use diskmill_io::Buf;
 
 use super::assembler::{Assembler, Unit, WriteOp};
+use super::offload::FileRun;
 use super::target::Target;
 use super::{ConvertOptions, Monitor};
 use crate::error::{Error, Result};
@@ -18,14 +19,22 @@ pub(super) struct Filled {
 pub(super) enum FilledKind {
     Zero,
     Skip,
-    /// Units, the buffer with their bytes, and a fingerprint of these.
-    Units(Vec<Unit>, Buf, u64),
+    Units {
+        units: Vec<Unit>,
+        buf: Buf,
+        /// Where the units' bytes are, if not in the buffer.
+        run: Option<FileRun>,
+        /// A fingerprint of the bytes.
+        content: u64,
+    },
 }
 
 /// Writes that have their places, and the buffer they come from.
 pub(super) struct WriteSet {
     pub(super) ops: Vec<WriteOp>,
     pub(super) buf: Option<Buf>,
+    /// Where the bytes come from instead, if they were not read. The buffer is its credit all the same.
+    pub(super) run: Option<FileRun>,
     /// Guest bytes that are dealt with when these are written.
     pub(super) guest: u64,
 }
@@ -111,7 +120,10 @@ impl<'a> Placer<'a> {
     pub(super) fn write(&self, set: &WriteSet, monitor: &Monitor) -> Result<()> {
         let bytes = set.buf.as_deref().unwrap_or_default();
         for op in &set.ops {
-            self.target.write(op, bytes, monitor)?;
+            match &set.run {
+                Some(run) => self.target.transfer(op, run, monitor)?,
+                None => self.target.write(op, bytes, monitor)?,
+            }
         }
         monitor.add_done(set.guest);
         Ok(())
@@ -141,25 +153,25 @@ impl State {
         let Filled { guest, kind } = filled;
         let len = guest.end - guest.start;
         let mut ops = Vec::new();
-        let buf = match kind {
+        let (buf, run) = match kind {
             FilledKind::Zero => {
                 self.assembler.zero(guest, &mut ops)?;
                 monitor.add_zero(len);
-                None
+                (None, None)
             }
             FilledKind::Skip => {
                 self.assembler.skip(guest, &mut ops)?;
-                None
+                (None, None)
             }
-            FilledKind::Units(units, buf, content) => {
+            FilledKind::Units { units, buf, run, content } => {
                 self.assembler.fingerprint(content);
                 let zeros = units.iter().filter(|unit| **unit == Unit::Zero).count() as u64;
                 monitor.add_zero((zeros * self.assembler.unit()).min(len));
                 self.assembler.place(guest, &units, &mut ops)?;
-                Some(buf)
+                (Some(buf), run)
             }
         };
-        self.ready.push_back(WriteSet { ops, buf, guest: len });
+        self.ready.push_back(WriteSet { ops, buf, run, guest: len });
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use diskmill_codec::Codec;
 use diskmill_io::{Buf, Piece, PipeReader};
 
 use super::buffers::Sizes;
+use super::offload::{FileRun, LONGEST, Offload, SHORTEST};
 use super::{Assembler, BadRange, ConvertOptions, Input};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -38,6 +39,8 @@ pub(super) enum Work {
     Skip,
     /// To be read.
     Read(Job),
+    /// To be moved without being read.
+    Offload(FileRun),
     /// Read already (a pipe); the buffer holds it.
     Loaded,
 }
@@ -102,13 +105,21 @@ struct ImageWalk<'a> {
     total: u64,
     backed: bool,
     salvage: bool,
+    offload: Offload,
+    /// The output places whole units, rather than each byte at its own offset.
+    whole_units: bool,
     /// The extent that was looked up last.
     last: Option<(usize, Extent)>,
     bad: Vec<BadRange>,
 }
 
 impl<'a> Planner<'a> {
-    pub(super) fn new(input: Input<'a>, assembler: &dyn Assembler, options: &ConvertOptions) -> Result<Self> {
+    pub(super) fn new(
+        input: Input<'a>,
+        assembler: &dyn Assembler,
+        options: &ConvertOptions,
+        offload: Offload,
+    ) -> Result<Self> {
         // An existing target's backing file (-n) need not have anything to do with the source's.
         let backed = options.create && options.format.has_backing_file();
         let packed_unit = match &input {
@@ -138,6 +149,8 @@ impl<'a> Planner<'a> {
                     total,
                     backed,
                     salvage,
+                    offload,
+                    whole_units: assembler.whole_units(),
                     last: None,
                     bad: Vec::new(),
                 })
@@ -237,6 +250,12 @@ impl ImageWalk<'_> {
                 return Ok(Some((start..end, work)));
             }
         }
+        if class == Class::Data
+            && let Some((end, run)) = self.offload_at(start, sizes)?
+        {
+            self.at = end;
+            return Ok(Some((start..end, Work::Offload(run))));
+        }
         let job = self.job(start, sizes, allocate_all)?;
         Ok(Some((start..self.at, Work::Read(job))))
     }
@@ -250,6 +269,21 @@ impl ImageWalk<'_> {
             Source::Zero if !allocate_all => Class::Zero,
             _ => Class::Data,
         })
+    }
+
+    /// What can be moved from `at` on without being read, and up to where.
+    fn offload_at(&mut self, at: u64, sizes: &Sizes) -> Result<Option<(u64, FileRun)>> {
+        let (index, extent) = self.extent(at)?;
+        let Source::Raw { file, at: host } = extent.source.advanced(at - extent.guest.start) else {
+            return Ok(None);
+        };
+        let (host, end) = (host.get(), extent.guest.end);
+        let Some(from) = self.offload.file(index, file) else { return Ok(None) };
+        let Some(step) = from.step(host, sizes.unit, self.whole_units) else { return Ok(None) };
+        let end = end.min(at.saturating_add(LONGEST.max(step)));
+        let end = end - end % step;
+        let fits = at.is_multiple_of(step) && end.saturating_sub(at) >= SHORTEST.max(step);
+        Ok(fits.then(|| (end, FileRun { from: from.clone(), at: host })))
     }
 
     /// Where the run of `class` from `at` on ends, at most `most`.
@@ -307,6 +341,9 @@ impl ImageWalk<'_> {
                 if self.run_end(at, class, enough.min(self.total), allocate_all)? >= enough.min(self.total) {
                     break;
                 }
+            }
+            if at > start && aligned && self.offload_at(at, sizes)?.is_some() {
+                break;
             }
             let (index, extent) = self.extent(at)?;
             let end = extent.guest.end.min(limit);

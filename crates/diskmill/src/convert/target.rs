@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_io::{
-    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage,
+    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage, Storage,
 };
 
 use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
 use super::existing::adopt_qcow2;
+use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
-use super::{ConvertOptions, Monitor, Output, TargetFormat};
+use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
@@ -234,6 +235,40 @@ impl Target {
         })
     }
 
+    /// Finds out which files of the sources can be moved without reading them.
+    pub(super) fn offload(
+        &self,
+        sources: &[Image],
+        options: &ConvertOptions,
+        packs: bool,
+    ) -> Result<Offload> {
+        let always = options.reflink == Reflink::Always;
+        let against = if packs { Some("compression") } else { options.must_look() };
+        match (&self.main, against) {
+            (_, Some(against)) if always => {
+                Err(Error::invalid(format!("reflink=always and {against} exclude each other")))
+            }
+            (_, Some(_)) => Ok(Offload::default()),
+            (Main::Pending(main, _), None) if !sources.is_empty() => {
+                // Where there are other files, the guest's data is in these; all lie in one folder.
+                let file = self.others.first().map_or(main, |(storage, _)| storage);
+                Offload::probe(sources, file, options)
+            }
+            _ if always => {
+                Err(Error::unsupported("sharing blocks (reflink) with a pipe, a device or an existing file"))
+            }
+            _ => Ok(Offload::default()),
+        }
+    }
+
+    /// Does a write of [`WriteWhat::Buf`], whose bytes are those of `run` instead of a buffer's.
+    pub(super) fn transfer(&self, op: &WriteOp, run: &FileRun, monitor: &Monitor) -> Result<()> {
+        let WriteWhat::Buf { at, len } = op.what else { return self.write(op, &[], monitor) };
+        let storage = self.file(op.file)?;
+        run.transfer(&*storage, op.at, at as u64, len as u64, monitor)
+            .map_err(|error| self.write_error(op.at, error))
+    }
+
     pub(super) const fn is_stream(&self) -> bool {
         matches!(self.main, Main::Stream(_))
     }
@@ -284,7 +319,7 @@ impl Target {
                 let mut at = op.at;
                 while left > 0 {
                     let part = zeros.get(..left.min(zeros.len() as u64) as usize).unwrap_or_default();
-                    write_all(&storage, part, at).map_err(failed)?;
+                    write_all(&*storage, part, at).map_err(failed)?;
                     at += part.len() as u64;
                     left -= part.len() as u64;
                 }
@@ -301,7 +336,7 @@ impl Target {
                         reserved => reserved.map_err(failed)?,
                     }
                 }
-                write_all(&storage, data, op.at).map_err(failed)?;
+                write_all(&*storage, data, op.at).map_err(failed)?;
                 monitor.add_written(data.len() as u64);
                 Ok(())
             }
@@ -396,7 +431,7 @@ fn fits(len: u64, size: Option<u64>) -> Result<()> {
     }
 }
 
-fn write_all(storage: &SharedStorage, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
+pub(super) fn write_all(storage: &dyn Storage, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match storage.write_at(bytes, at) {
             Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),

@@ -168,6 +168,13 @@ impl<'s, 'a> Worker<'s, 'a> {
                     self.shared.buffers.give_back(buf);
                     self.deposit(seq, Filled { guest, kind: FilledKind::Skip })?;
                 }
+                Work::Offload(run) => {
+                    let units = (guest.end - guest.start).div_ceil(self.shared.buffers.sizes().unit);
+                    let units = vec![Unit::Data { zero: 0 }; units as usize];
+                    let content = if self.shared.fingerprint { run.fingerprint(&guest) } else { 0 };
+                    let kind = FilledKind::Units { units, buf, run: Some(run), content };
+                    self.deposit(seq, Filled { guest, kind })?;
+                }
                 Work::Loaded => {
                     if self.shared.whole_units {
                         let len = (guest.end - guest.start) as usize;
@@ -405,7 +412,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             }
             _ => buf,
         };
-        self.deposit(seq, Filled { guest, kind: FilledKind::Units(units, buf, content) })
+        self.deposit(seq, Filled { guest, kind: FilledKind::Units { units, buf, run: None, content } })
     }
 
     fn classify(&self, bytes: &[u8], scan: bool) -> Unit {
@@ -440,7 +447,12 @@ impl<'s, 'a> Worker<'s, 'a> {
     /// Starts the writes of a set's buffer; the rest, which is small, is written at once.
     fn write_through_engine(&mut self, set: WriteSet) -> Result<()> {
         let shared = self.shared;
-        let WriteSet { ops, buf, guest } = set;
+        if set.run.is_some() {
+            shared.placer.write(&set, shared.monitor)?;
+            set.buf.into_iter().for_each(|buf| shared.buffers.give_back(buf));
+            return Ok(());
+        }
+        let WriteSet { ops, buf, guest, .. } = set;
         let mut pieces = Vec::new();
         for op in &ops {
             match op.what {
