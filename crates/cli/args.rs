@@ -35,6 +35,18 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Tell whether two images show the guest the same bytes
     Compare(CompareArgs),
+    /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
+    InstallQemuImg(InstallArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InstallArgs {
+    /// Replace a program or link of that name
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    /// Folder for the link; best one that comes first in PATH
+    pub(crate) dir: PathBuf,
 }
 
 const CONVERT_EXAMPLES: &str = "\
@@ -281,6 +293,14 @@ pub(crate) struct ProgressArgs {
     /// No progress, no remarks: only errors
     #[arg(short = 'q', long)]
     pub(crate) quiet: bool,
+}
+
+impl ProgressArgs {
+    /// Progress as qemu-img shows it: only where it is asked for, and always as its line.
+    pub(crate) fn of_qemu_img(show: bool, quiet: bool) -> Self {
+        let mode = if show { ProgressMode::Qemu } else { ProgressMode::None };
+        Self { show, mode: Some(mode), quiet }
+    }
 }
 
 /// How to open images.

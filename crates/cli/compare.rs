@@ -53,12 +53,13 @@ fn open(args: &CompareArgs, path: &Path, format: Option<Format>) -> Result<Image
 }
 
 /// Damage of the tables that tell where data is, or of the data.
-fn exit_for(error: &Error) -> Exit {
+pub(crate) fn exit_for(error: &Error) -> Exit {
     let table = error.structure().is_some_and(|structure| structure.contains("table"));
     if table { Exit::CannotMap } else { Exit::CannotRead }
 }
 
-fn text(result: Comparison, (a, b): (u64, u64)) -> String {
+/// The result in qemu-img's words, for images of these sizes.
+pub(crate) fn text(result: Comparison, (a, b): (u64, u64)) -> String {
     let warning = |mismatch| if mismatch { "Warning: Image size mismatch!\n" } else { "" };
     match result {
         Comparison::Identical { sizes_differ } => format!("{}Images are identical.\n", warning(sizes_differ)),

@@ -24,19 +24,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
     }
     let options = OpenOptions { metadata_only: !args.backing_chain, ..args.open.options(args.format) };
     let image = Image::open(&args.file, &options)?;
-    let layers: Vec<Layer<'_>> = chain_names(&image, &args.file)
-        .into_iter()
-        .zip(image.chain())
-        .map(|(name, (path, info))| Layer::new(name, path, info, &image))
-        .collect::<Result<_, _>>()?;
-    let text = match args.output {
-        OutputForm::Human => layers.iter().map(Layer::human).collect::<Vec<_>>().join("\n"),
-        OutputForm::Json => {
-            let mut values = layers.iter().map(Layer::json);
-            let value = if args.backing_chain { values.collect() } else { values.next().unwrap_or_default() };
-            qemu_style(&value) + "\n"
-        }
-    };
+    let text = describe(&image, &args.file, args.backing_chain, args.output)?;
     io::stdout().write_all(text.as_bytes())?;
     for warning in image.warnings() {
         eprintln!("diskmill: warning: {warning}");
@@ -44,10 +32,28 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// What `image`, which the user calls `name`, is; with `chain` also its backing files.
+pub(crate) fn describe(image: &Image, name: &Path, chain: bool, form: OutputForm) -> Result<String, Failure> {
+    let layers: Vec<Layer<'_>> = chain_names(image, name)
+        .into_iter()
+        .zip(image.chain())
+        .map(|(name, (path, info))| Layer::new(name, path, info, image))
+        .collect::<Result<_, _>>()?;
+    Ok(match form {
+        OutputForm::Human => layers.iter().map(Layer::human).collect::<Vec<_>>().join("\n"),
+        OutputForm::Json => {
+            let mut values = layers.iter().map(Layer::json);
+            let value = if chain { values.collect() } else { values.next().unwrap_or_default() };
+            qemu_style(&value) + "\n"
+        }
+    })
+}
+
 /// One image of the chain.
 struct Layer<'i> {
     /// As the user, or the image above, names it.
     name: String,
+    path: &'i Path,
     info: &'i ImageInfo,
     /// Its persistent bitmaps.
     bitmaps: Vec<Bitmap>,
@@ -60,7 +66,7 @@ struct Layer<'i> {
 }
 
 impl<'i> Layer<'i> {
-    fn new(name: String, path: &Path, info: &'i ImageInfo, image: &Image) -> Result<Self, Failure> {
+    fn new(name: String, path: &'i Path, info: &'i ImageInfo, image: &Image) -> Result<Self, Failure> {
         let failed = |error: io::Error| Failure::failed(format!("{path:?}: cannot tell the size: {error}"));
         let meta = std::fs::metadata(path).map_err(failed)?;
         let file = image.files().iter().find(|file| file.path == path);
@@ -73,7 +79,15 @@ impl<'i> Layer<'i> {
             }
             _ => Vec::new(),
         };
-        Ok(Self { name, info, bitmaps, file_len, disk_size: meta.blocks().saturating_mul(512), protocol })
+        Ok(Self {
+            name,
+            path,
+            info,
+            bitmaps,
+            file_len,
+            disk_size: meta.blocks().saturating_mul(512),
+            protocol,
+        })
     }
 
     fn qcow2(&self) -> Option<&Qcow2Info> {
@@ -87,7 +101,7 @@ impl<'i> Layer<'i> {
     fn specific(&self) -> Option<Value> {
         match &self.info.specific {
             FormatInfo::Qcow2(qcow2) => Some(qcow2_specific(qcow2, &self.bitmaps)),
-            FormatInfo::Vmdk(vmdk) => Some(vmdk_specific(vmdk, &self.name)),
+            FormatInfo::Vmdk(vmdk) => Some(vmdk_specific(vmdk, &self.name, self.path)),
             _ => None,
         }
     }
@@ -233,8 +247,8 @@ fn qcow2_specific(qcow2: &Qcow2Info, bitmaps: &[Bitmap]) -> Value {
     Value::Object(out)
 }
 
-/// `image` is the name of the VMDK.
-fn vmdk_specific(vmdk: &VmdkInfo, image: &str) -> Value {
+/// `image` is the name of the VMDK, and `path` its file.
+fn vmdk_specific(vmdk: &VmdkInfo, image: &str, path: &Path) -> Value {
     let descriptor = vmdk.descriptor.as_ref();
     let create_type = descriptor.and_then(|descriptor| descriptor.create_type.as_ref());
     let lines = descriptor.map(|descriptor| descriptor.extents.as_slice()).unwrap_or_default();
@@ -245,12 +259,15 @@ fn vmdk_specific(vmdk: &VmdkInfo, image: &str) -> Value {
             put("compressed", json!(true));
         }
         put("virtual-size", json!(extent.size));
+        // An extent in the image's own file goes by the image's name, whatever the descriptor calls it.
+        let embedded = extent.path.as_deref() == Some(path);
         let named = lines.get(index).and_then(|line| line.file.as_deref()).map(String::from_utf8_lossy);
+        let named = named.filter(|_| !embedded);
         put("filename", json!(named.map_or_else(|| image.to_owned(), |name| resolved(image, &name))));
         if let Some(size) = extent.grain_size {
             put("cluster-size", json!(size));
         }
-        put("format", json!(extent.kind));
+        put("format", json!(if embedded { "" } else { &extent.kind }));
         Value::Object(out)
     });
     json!({

@@ -6,11 +6,13 @@ mod compare;
 mod convert;
 mod exit;
 mod info;
+mod install;
 mod json;
 mod map;
 mod names;
 mod options;
 mod progress;
+mod qemu_img;
 mod signals;
 mod size;
 mod snapshots;
@@ -23,11 +25,16 @@ use clap::Parser;
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    if qemu_img::is_called(args.next().as_deref()) {
+        return qemu_img::main(args.collect());
+    }
     let outcome = match Cli::parse().command {
         Command::Convert(args) => convert::run(args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::InstallQemuImg(args) => install::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {
         if let Some(message) = &failure.message {

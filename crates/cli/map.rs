@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use diskmill::qcow2::is_metadata_preallocated;
 use diskmill::{Allocation, Error, Extent, FormatInfo, Image, ImageFile, ImageInfo, Source};
@@ -11,6 +12,9 @@ use diskmill::{Allocation, Error, Extent, FormatInfo, Image, ImageFile, ImageInf
 use crate::args::{MapArgs, OutputForm};
 use crate::exit::{Exit, Failure};
 use crate::names::{FileNames, shown};
+
+/// qemu-img's words for data that stands in no file as it is.
+const WITHOUT_OFFSET: &str = "File contains external, encrypted or compressed clusters.";
 
 /// A line of the map: what qemu-img tells of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,22 +74,38 @@ impl Entry {
 
 pub(crate) fn run(args: &MapArgs) -> Result<Exit, Failure> {
     let image = Image::open(&args.file, &args.open.options(args.format))?;
-    let names = FileNames::new(&image, &args.file);
-    let end =
-        args.max_length.map_or(image.size(), |len| args.start_offset.saturating_add(len)).min(image.size());
+    print(&image, &args.file, args.start_offset, args.max_length, args.output).map_err(|mut failure| {
+        if let Some(message) = failure.message.as_mut().filter(|message| *message == WITHOUT_OFFSET) {
+            message.push_str(" (--output json shows them)");
+        }
+        failure
+    })?;
+    Ok(Exit::Done)
+}
+
+/// Prints the map of `image`, which the user calls `name`: from `start` on, at most `most` bytes.
+pub(crate) fn print(
+    image: &Image,
+    name: &Path,
+    start: u64,
+    most: Option<u64>,
+    form: OutputForm,
+) -> Result<(), Failure> {
+    let names = FileNames::new(image, name);
+    let end = most.map_or(image.size(), |len| start.saturating_add(len)).min(image.size());
     let mut out = BufWriter::new(io::stdout().lock());
-    let mut printer = match args.output {
+    let mut printer = match form {
         OutputForm::Human => Printer::Human,
         OutputForm::Json => Printer::Json { first: true },
     };
     printer.begin(&mut out)?;
-    let walked = walk(&image, &names, args.start_offset..end, |entry| printer.entry(&mut out, entry));
+    let walked = walk(image, &names, start..end, |entry| printer.entry(&mut out, entry));
     if walked.is_ok() {
         printer.end(&mut out)?;
     }
     // What came before damage is worth seeing, too.
     out.flush()?;
-    walked.map(|()| Exit::Done)
+    walked
 }
 
 /// Calls `put` with each entry of `range`, adjacent ones merged.
@@ -200,9 +220,7 @@ impl Printer {
             Self::Human if !entry.data => {}
             Self::Human => {
                 let Some(offset) = entry.offset else {
-                    return Err(Failure::failed(
-                        "File contains external, encrypted or compressed clusters. (--output json shows them)",
-                    ));
+                    return Err(Failure::failed(WITHOUT_OFFSET));
                 };
                 if !entry.zero {
                     let columns = [entry.start, entry.length, offset].map(hex).concat();

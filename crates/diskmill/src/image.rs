@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::layout::{
     Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source,
 };
-use crate::policy::OpenPolicy;
+use crate::policy::{Allow, EXTENT, OpenPolicy};
 use crate::probe::{Format, PROBE_BYTES};
 use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy, refuse_encryption};
 use crate::raw::RawLayout;
@@ -288,7 +288,7 @@ impl<'a> Opener<'a> {
                 )
                 .of(path));
             }
-            let storage = self.open_file(&next.path, (!top).then_some(root.as_path()))?;
+            let storage = self.open_file(&next.path, (!top).then_some((root.as_path(), "backing file")))?;
             let snapshot = self.options.snapshot.as_ref().filter(|_| top);
             let (here, cid) = (next.path.clone(), next.cid);
             let below = self
@@ -302,18 +302,18 @@ impl<'a> Opener<'a> {
         }
     }
 
-    /// Opens and locks a file. One that an image in the tree `root` named is checked against the policy again now that
+    /// Opens and locks a file. One that an image in this tree `named` as that is checked against the policy again now that
     /// nobody can exchange it.
-    fn open_file(&mut self, path: &Path, root: Option<&Path>) -> Result<SharedStorage> {
+    fn open_file(&mut self, path: &Path, named: Option<(&Path, &str)>) -> Result<SharedStorage> {
         let how = OpenHow { read: true, direct: self.options.direct, ..OpenHow::default() };
         let storage =
             FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
         let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
-        if let Some(root) = root {
+        if let Some((root, what)) = named {
             // Without /proc there is still its kind to look at.
             let real = std::fs::read_link(format!("/proc/self/fd/{}", storage.file().as_raw_fd()));
             let real = real.unwrap_or_else(|_| path.to_owned());
-            self.options.policy.check_open(&real, &meta, root, "file")?;
+            self.options.policy.check_open(&real, &meta, root, what)?;
         }
         let identity = (meta.dev(), meta.ino());
         if self.seen.contains(&identity) {
@@ -418,7 +418,7 @@ impl<'a> Opener<'a> {
             }
             let named = resolve(name, path, "external data file")?;
             let data_path = self.options.policy.check(&named, root, "external data file")?;
-            let data = self.open_file(&data_path, Some(root))?;
+            let data = self.open_file(&data_path, Some((root, "external data file")))?;
             let len = data.len().map_err(|error| Error::io("cannot tell the size", error).of(&data_path))?;
             Some((self.file_id(&data, &data_path), len))
         } else {
@@ -454,17 +454,22 @@ impl Opener<'_> {
     ) -> Result<(VmdkLayout, Option<Next>)> {
         let options = self.options;
         let own = ExtentFile::new(Arc::clone(storage), id, path)?;
+        // Where backing files may stand anywhere, each VMDK of the chain has a tree of its own.
+        let own_tree = (options.policy.allow == Allow::Backing)
+            .then(|| path.canonicalize().ok()?.parent().map(Path::to_owned))
+            .flatten();
+        let tree = own_tree.as_deref().unwrap_or(root);
         // Several extents may lie in one file.
         let mut opened: HashMap<PathBuf, ExtentFile> = HashMap::new();
         let mut open = |named: &Path| {
             if self.archived {
                 return Err(Error::unsupported(format!("the extent {named:?} of a disk inside an archive")));
             }
-            let path = options.policy.check(named, root, "extent")?;
+            let path = options.policy.check(named, tree, EXTENT)?;
             if let Some(file) = opened.get(&path) {
                 return Ok(file.clone());
             }
-            let storage = self.open_file(&path, Some(root))?;
+            let storage = self.open_file(&path, Some((tree, EXTENT)))?;
             let file = ExtentFile::new(Arc::clone(&storage), self.file_id(&storage, &path), &path)?;
             opened.insert(path, file.clone());
             Ok(file)

@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 
+/// What the files of a VMDK's disk are called in messages.
+pub(crate) const EXTENT: &str = "extent";
+
 /// Whether an image may name other files (backing file, external data file, extents).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Allow {
@@ -13,6 +16,9 @@ pub enum Allow {
     /// It may name files in the directory of the image that the caller opened, in the folders below it (but for `/`),
     /// and in [`OpenPolicy::paths`]. Block devices only by the latter: a guest's own device stands beside the host's.
     OwnTree,
+    /// It may name any file as a backing file, parent or external data file, as QEMU's tools allow; the extents of a
+    /// VMDK only as under [`Allow::OwnTree`], in the tree of the VMDK that names them.
+    Backing,
     /// It may name any file. Only for images whose writer is trusted.
     Anything,
 }
@@ -37,10 +43,10 @@ impl OpenPolicy {
         }
         let canonical = named
             .canonicalize()
-            .map_err(|error| Error::io(format!("cannot open the {what} {named:?}"), error))?;
+            .map_err(|error| Error::io(format!("cannot open the {what}"), error).of(named))?;
         let meta = canonical
             .metadata()
-            .map_err(|error| Error::io(format!("cannot open the {what} {named:?}"), error))?;
+            .map_err(|error| Error::io(format!("cannot open the {what}"), error).of(named))?;
         self.check_open(&canonical, &meta, root, what)?;
         Ok(canonical)
     }
@@ -52,9 +58,10 @@ impl OpenPolicy {
         let device = meta.file_type().is_block_device();
         match self.allow {
             Allow::Anything => Ok(()),
-            Allow::OwnTree if named() => Ok(()),
-            Allow::OwnTree if device => Err(denied(real, what, "is a block device")),
-            Allow::OwnTree if in_tree(real, root) => Ok(()),
+            Allow::Backing if what != EXTENT => Ok(()),
+            Allow::OwnTree | Allow::Backing if named() => Ok(()),
+            Allow::OwnTree | Allow::Backing if device => Err(denied(real, what, "is a block device")),
+            Allow::OwnTree | Allow::Backing if in_tree(real, root) => Ok(()),
             _ => Err(denied(real, what, "lies outside the image's own directory")),
         }
     }

@@ -1,0 +1,74 @@
+//! The library's errors in qemu-img's words, where qemu-img has words for them.
+
+use std::io;
+use std::path::Path;
+
+use diskmill::{Error, Format, Kind};
+
+/// What the system says, without Rust's number behind it.
+pub(super) fn system(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}
+
+/// Why the image in the file `path` cannot be opened: what stands behind "Could not open 'NAME': ".
+pub(super) fn cannot_open(error: &Error, path: &Path, format: Option<Format>) -> String {
+    let of_other_file = error.path().filter(|&at| at != path);
+    let inner = reason(error, of_other_file.unwrap_or(path), format);
+    match of_other_file {
+        Some(_) => format!("Could not open backing file: {inner}"),
+        None => inner,
+    }
+}
+
+fn reason(error: &Error, path: &Path, format: Option<Format>) -> String {
+    let name = path.to_string_lossy();
+    match (error.kind(), error.os_error()) {
+        (Kind::Io, Some(cause)) if path.is_dir() => {
+            let _ = cause;
+            format!("'file' driver requires '{name}' to be a regular file")
+        }
+        (Kind::Io, Some(cause)) => format!("Could not open '{name}': {}", system(cause)),
+        (Kind::NotThisFormat, _) => match format {
+            Some(Format::Vmdk) => "invalid VMDK image descriptor".to_owned(),
+            Some(format) => format!("Image is not in {format} format"),
+            None => error.to_string(),
+        },
+        (Kind::Busy, _) => locked(error, &name),
+        _ => error.to_string(),
+    }
+}
+
+/// QEMU names the permission that another process keeps from us.
+fn locked(error: &Error, name: &str) -> String {
+    let text = error.to_string();
+    let lock = text.split("failed to get ").nth(1).and_then(|rest| rest.split(':').next());
+    lock_message(lock.unwrap_or("shared \"write\" lock"), Path::new(name))
+}
+
+/// The message for a lock that another process keeps from us.
+pub(super) fn lock_message(lock: &str, path: &Path) -> String {
+    format!("Failed to get {lock}\nIs another process using the image [{}]?", path.display())
+}
+
+/// The reason of a failure while working on images that are open.
+pub(super) fn while_working(error: &Error) -> String {
+    match (error.kind(), error.os_error()) {
+        (Kind::Io, Some(cause)) => system(cause),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_errors_have_no_numbers() {
+        assert_eq!(system(&io::Error::from_raw_os_error(2)), "No such file or directory");
+        assert_eq!(system(&io::Error::other("x")), "x");
+    }
+}

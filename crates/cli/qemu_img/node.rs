@@ -1,0 +1,307 @@
+//! How a command line names an image: a file name, `json:{…}`, or `--image-opts`.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use diskmill::{Allow, Format, Image, OpenOptions, OpenPolicy};
+
+use super::getopt::Args;
+use super::object::Secrets;
+use super::opts::Dict;
+use super::{Fail, Outcome, messages};
+use crate::args::CacheMode;
+
+/// Options of QEMU's block layer that any node takes and that change nothing here.
+const GENERIC: [&str; 9] = [
+    "read-only",
+    "auto-read-only",
+    "discard",
+    "detect-zeroes",
+    "node-name",
+    "cache.direct",
+    "cache.no-flush",
+    "cache.writeback",
+    "active",
+];
+/// The same of files.
+const OF_FILES: [&str; 5] = ["locking", "aio", "aio-max-batch", "pr-manager", "drop-cache"];
+/// The same of qcow2 images: caches and checks of QEMU's own.
+const OF_QCOW2: [&str; 9] = [
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-size",
+];
+
+/// How the files that a command line names are to be opened.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub(super) image_opts: bool,
+    pub(super) format: Option<String>,
+    pub(super) force_share: bool,
+    pub(super) cache: Option<CacheMode>,
+    pub(super) secrets: Secrets,
+}
+
+impl Context {
+    /// Takes `--image-opts`, `-f`, `-U` and `--object`. `format` is the name of the option for the format.
+    pub(super) fn of(args: &Args, format: &str) -> Outcome<Self> {
+        Ok(Self {
+            image_opts: args.has("image-opts"),
+            format: args.text(format),
+            force_share: args.has("force-share"),
+            cache: None,
+            secrets: Secrets::of(args)?,
+        })
+    }
+
+    /// The image that `given` names.
+    pub(super) fn node(&self, given: &OsStr) -> Outcome<Node> {
+        if self.image_opts && self.format.is_some() {
+            return Err(Fail::new("--image-opts and --format are mutually exclusive"));
+        }
+        let node = if self.image_opts {
+            Node::from_dict(given, Dict::from_list(&given.to_string_lossy()), &self.secrets)
+        } else {
+            Node::from_name(given, self.format.as_deref(), &self.secrets)
+        };
+        let mut node = node.map_err(|reason| could_not_open(given, &reason))?;
+        if self.force_share {
+            node.force_share = true;
+        }
+        node.direct |= self.cache.is_some_and(CacheMode::is_direct);
+        Ok(node)
+    }
+
+    /// Opens the image that `given` names, for reading.
+    pub(super) fn open(&self, given: &OsStr) -> Outcome<(Node, Image)> {
+        let node = self.node(given)?;
+        let image = node.open(&node.options())?;
+        Ok((node, image))
+    }
+}
+
+/// An image in a local file.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    /// As the user typed it.
+    pub(super) given: OsString,
+    pub(super) path: PathBuf,
+    pub(super) format: Option<Format>,
+    pub(super) force_share: bool,
+    pub(super) direct: bool,
+}
+
+impl Node {
+    fn at(given: &OsStr, path: PathBuf) -> Self {
+        Self { given: given.to_owned(), path, format: None, force_share: false, direct: false }
+    }
+
+    /// The image in the file `path`.
+    pub(super) fn named(path: &Path) -> Self {
+        Self::at(path.as_os_str(), path.to_owned())
+    }
+
+    fn from_name(given: &OsStr, format: Option<&str>, secrets: &Secrets) -> Result<Self, String> {
+        if let Some(json) = given.as_bytes().strip_prefix(b"json:") {
+            let mut dict = Dict::from_json(&String::from_utf8_lossy(json))?;
+            if let Some(format) = format {
+                if dict.get("driver").is_some_and(|driver| driver != format) {
+                    return Err("Driver specified twice".to_owned());
+                }
+                dict.set("driver", format.to_owned());
+            }
+            return Self::from_dict(given, dict, secrets);
+        }
+        let mut node = Self::at(given, local_path(given)?);
+        node.format = format.map(format_named).transpose()?;
+        Ok(node)
+    }
+
+    fn from_dict(given: &OsStr, mut dict: Dict, secrets: &Secrets) -> Result<Self, String> {
+        let driver = dict.take("driver");
+        if let Some(driver) = driver.as_deref().filter(|driver| is_protocol(driver)) {
+            let mut node = Self::at(given, PathBuf::new());
+            node.format = Some(Format::Raw);
+            return node.with_file(driver, dict);
+        }
+        let format = driver.as_deref().map(format_named).transpose()?;
+        if let Some(name) = dict.take("file") {
+            return Err(no_such_node(&name));
+        }
+        let Some(mut file) = dict.take_nested("file") else {
+            return Err(match (format, dict.names().next()) {
+                (None, Some(name)) if dict.names().count() == 1 && dict.get(name) == Some("on") => {
+                    no_such_node(name)
+                }
+                (None, _) => "Must specify either driver or file".to_owned(),
+                (Some(_), _) => "A block device must be specified for \"file\"".to_owned(),
+            });
+        };
+        let mut node = Self::at(given, PathBuf::new());
+        node.format = format;
+        let protocol = file.take("driver").unwrap_or_else(|| "file".to_owned());
+        if !is_protocol(&protocol) {
+            return Err(match format_named(&protocol) {
+                Ok(_) => format!("a '{protocol}' node below another format is not supported"),
+                Err(error) => error,
+            });
+        }
+        let mut node = node.with_file(&protocol, file)?;
+        node.take_generic(&mut dict);
+        if let Some(id) = dict.take("encrypt.key-secret") {
+            secrets.get(&id)?;
+        }
+        dict.take("encrypt.format");
+        let known = |name: &&str| !(OF_QCOW2.contains(name) || name.starts_with("overlap-check"));
+        if let Some(name) = dict.names().find(known) {
+            let format = node.format.map_or("raw", Format::name);
+            return Err(
+                if matches!(name.split('.').next(), Some("backing" | "data-file" | "offset" | "size")) {
+                    format!("the option '{name}' is not supported")
+                } else {
+                    format!("Block format '{format}' does not support the option '{name}'")
+                },
+            );
+        }
+        Ok(node)
+    }
+
+    /// Takes the options of the file itself.
+    fn with_file(mut self, protocol: &str, mut dict: Dict) -> Result<Self, String> {
+        let name = dict
+            .take("filename")
+            .ok_or_else(|| format!("The '{protocol}' block driver requires a file name"))?;
+        self.path = PathBuf::from(name);
+        self.take_generic(&mut dict);
+        match dict.names().find(|name| !OF_FILES.contains(name)) {
+            Some(name) => Err(format!("Block protocol '{protocol}' doesn't support the option '{name}'")),
+            None => Ok(self),
+        }
+    }
+
+    fn take_generic(&mut self, dict: &mut Dict) {
+        self.direct |= dict.get("cache.direct") == Some("on");
+        for name in GENERIC {
+            dict.take(name);
+        }
+        if let Some(on) = dict.take("force-share") {
+            self.force_share = on == "on";
+        }
+    }
+
+    /// The options to open the image with.
+    pub(super) fn options(&self) -> OpenOptions {
+        OpenOptions {
+            format: self.format,
+            // As qemu-img: a backing file may stand anywhere. Not so the extents of a VMDK.
+            policy: OpenPolicy { allow: Allow::Backing, paths: Vec::new() },
+            force_share: self.force_share,
+            direct: self.direct,
+            ..OpenOptions::default()
+        }
+    }
+
+    pub(super) fn open(&self, options: &OpenOptions) -> Outcome<Image> {
+        Image::open(&self.path, options).map_err(|error| self.cannot_open(&error))
+    }
+
+    /// The failure to open this image.
+    pub(super) fn cannot_open(&self, error: &diskmill::Error) -> Fail {
+        could_not_open(&self.given, &messages::cannot_open(error, &self.path, self.format))
+    }
+
+    /// As qemu-img shows it.
+    pub(super) fn name(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn could_not_open(given: &OsStr, reason: &str) -> Fail {
+    Fail::new(format!("Could not open '{}': {reason}", given.to_string_lossy()))
+}
+
+fn no_such_node(name: &str) -> String {
+    format!("Cannot find device='{name}' nor node-name='{name}'")
+}
+
+fn is_protocol(driver: &str) -> bool {
+    matches!(driver, "file" | "host_device")
+}
+
+/// A format by the name of QEMU's driver.
+pub(super) fn format_named(name: &str) -> Result<Format, String> {
+    match name {
+        "ova" => None,
+        name => name.parse().ok(),
+    }
+    .ok_or_else(|| format!("Unknown driver '{name}'"))
+}
+
+/// The file that a name stands for; QEMU takes it for a protocol if a colon comes before the first slash.
+pub(super) fn local_path(name: &OsStr) -> Result<PathBuf, String> {
+    let bytes = name.as_bytes();
+    if bytes.is_empty() {
+        return Err("The 'file' block driver requires a file name".to_owned());
+    }
+    if let Some(plain) = bytes.strip_prefix(b"file:") {
+        return Ok(PathBuf::from(OsString::from_vec(plain.to_vec())));
+    }
+    let first = bytes.split(|&byte| byte == b'/').next().unwrap_or_default();
+    match first.iter().position(|&byte| byte == b':') {
+        Some(colon) => {
+            let protocol = first.get(..colon).unwrap_or_default();
+            Err(format!("Unknown protocol '{}'", String::from_utf8_lossy(protocol)))
+        }
+        None => Ok(PathBuf::from(name)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(node: Result<Node, String>) -> String {
+        node.map_or_else(|error| error, |node| format!("{:?} {:?}", node.path, node.format))
+    }
+
+    #[test]
+    fn names_are_files_or_refused() {
+        let name = |name: &str| shown(Node::from_name(OsStr::new(name), None, &Secrets::default()));
+        assert_eq!(name("a/b:c"), "\"a/b:c\" None");
+        assert_eq!(name("./b:c"), "\"./b:c\" None");
+        assert_eq!(name("file:a"), "\"a\" None");
+        assert_eq!(name("nbd:a"), "Unknown protocol 'nbd'");
+        assert_eq!(name(r#"json:{"driver":"raw","file.filename":"a"}"#), "\"a\" Some(Raw)");
+        assert_eq!(name("json:{}"), "Must specify either driver or file");
+    }
+
+    #[test]
+    fn options_make_a_node() {
+        let node =
+            |text: &str| shown(Node::from_dict(OsStr::new(text), Dict::from_list(text), &Secrets::default()));
+        assert_eq!(
+            node("driver=qcow2,file.filename=a,file.locking=off,overlap-check=all"),
+            "\"a\" Some(Qcow2)"
+        );
+        assert_eq!(node("file.filename=a,,b"), "\"a,b\" None");
+        assert_eq!(node("driver=file,filename=x"), "\"x\" Some(Raw)");
+        assert_eq!(node("driver=qcow2"), "A block device must be specified for \"file\"");
+        assert_eq!(node("driver=foo"), "Unknown driver 'foo'");
+        assert_eq!(node("driver=qcow2,file=x"), "Cannot find device='x' nor node-name='x'");
+        assert_eq!(
+            node("driver=qcow2,file.filename=x,foo=1"),
+            "Block format 'qcow2' does not support the option 'foo'"
+        );
+        assert_eq!(
+            node("driver=qcow2,file.filename=x,file.foo=1"),
+            "Block protocol 'file' doesn't support the option 'foo'"
+        );
+    }
+}

@@ -1,0 +1,67 @@
+//! Numbers on the command line.
+
+use diskmill::parse_size;
+
+use super::{Fail, Outcome};
+
+/// The largest size, offset or count.
+const MAX: u64 = i64::MAX as u64;
+
+/// Parses a size; `what` it is stands in the message.
+pub(super) fn size(what: &str, text: &str) -> Outcome<u64> {
+    size_between(what, text, 0, MAX)
+}
+
+/// Parses a size from `least` to `most`.
+pub(super) fn size_between(what: &str, text: &str, least: u64, most: u64) -> Outcome<u64> {
+    let range = || Fail::new(format!("Invalid {what} specified. Must be between {least} and {most}."));
+    match parse_size(text.trim_start()) {
+        Ok(size) if (least..=most).contains(&size) => Ok(size),
+        Ok(_) => Err(range()),
+        Err(_) if is_out_of_range(text) => Err(range()),
+        Err(_) => Err(Fail::new(format!(
+            "Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n\
+             qemu-img: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ))),
+    }
+}
+
+/// Parses a plain number from `least` to `most`.
+pub(super) fn number(what: &str, text: &str, least: u64, most: u64) -> Outcome<u64> {
+    match text.trim_start().parse::<u64>() {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(Fail::new(format!("Invalid {what} specified. Must be between {least} and {most}."))),
+    }
+}
+
+/// Whether `text` is a number as sizes are written, but a negative or too large one.
+fn is_out_of_range(text: &str) -> bool {
+    let text = text.trim_start();
+    let (negative, digits) = text.strip_prefix('-').map_or((false, text), |digits| (true, digits));
+    let number =
+        digits.trim_end_matches(['b', 'B', 'k', 'K', 'm', 'M', 'g', 'G', 't', 'T', 'p', 'P', 'e', 'E']);
+    let well_formed = digits.len() - number.len() <= 1
+        && !number.is_empty()
+        && number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    well_formed && (negative || parse_size(digits).is_err())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(text: &str) -> String {
+        size("image size", text).unwrap_err().message.unwrap()
+    }
+
+    #[test]
+    fn mistakes_are_told_apart() {
+        for text in ["-1", "-1k", "-1024", "9E", "9223372036854775808"] {
+            assert!(message(text).contains("Must be between 0 and 9223372036854775807."), "{text}");
+        }
+        for text in ["abc", "1kilobyte", "", "k", "1 k"] {
+            assert!(message(text).contains("You may use k, M"), "{text}: {}", message(text));
+        }
+        assert_eq!(size("", "1.5k").unwrap(), 1536);
+    }
+}

@@ -1,0 +1,144 @@
+//! From the options of a fresh image to the library's, with QEMU's words for what does not go together.
+
+use diskmill::convert::TargetFormat;
+
+use super::drivers::Driver;
+use super::opts::Dict;
+
+/// The library's options for a fresh image of this format. `dict` has been checked by its driver.
+pub(super) fn target_format(driver: Driver, dict: &Dict) -> Result<TargetFormat, String> {
+    match driver.name {
+        "qcow2" => check_qcow2(dict)?,
+        "vmdk" => check_vmdk(dict)?,
+        _ => {}
+    }
+    let mut format = TargetFormat::named(driver.name).map_err(|error| error.to_string())?;
+    for (name, value) in dict.iter() {
+        match name {
+            "size" | "extent_size_hint" => continue,
+            "nocow" if value == "off" => continue,
+            "nocow" => return Err("the option 'nocow' is not supported".to_owned()),
+            _ => {}
+        }
+        if driver.name == "vmdk" && matches!(name, "subformat" | "adapter_type") {
+            format.set(name, value).map_err(|_| format!("invalid parameter value: {value}"))?;
+            continue;
+        }
+        if driver.name == "raw" && name == "preallocation" {
+            check_raw_preallocation(value)?;
+        }
+        format.set(name, value).map_err(|error| error.to_string())?;
+    }
+    // QEMU's VMDKs have an IDE adapter unless the user says otherwise.
+    if let (TargetFormat::Vmdk(vmdk), None) = (&mut format, dict.get("adapter_type")) {
+        vmdk.adapter = diskmill::vmdk::AdapterType::Ide;
+    }
+    Ok(format)
+}
+
+fn check_qcow2(dict: &Dict) -> Result<(), String> {
+    let one_of = |name: &str, shown: &str, values: &[&str]| match dict.get(name) {
+        Some(value) if !values.contains(&value) => {
+            Err(format!("Parameter '{shown}' does not accept value '{value}'"))
+        }
+        _ => Ok(()),
+    };
+    one_of("preallocation", "preallocation", &["off", "metadata", "falloc", "full"])?;
+    one_of("compat", "version", &["0.10", "1.1", "v2", "v3"])?;
+    one_of("compression_type", "compression-type", &["zlib", "zstd"])?;
+    let number =
+        |name: &str, default: u64| dict.get(name).and_then(|text| text.parse().ok()).unwrap_or(default);
+    let on = |name: &str| dict.get(name) == Some("on");
+    let old = matches!(dict.get("compat"), Some("0.10" | "v2"));
+    let newer = "compatibility level 1.1 and above (use version=v3 or greater)";
+    let cluster_size = number("cluster_size", 64 << 10);
+    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
+        return Err("Cluster size must be a power of two between 512 and 2048k".to_owned());
+    }
+    if on("extended_l2") {
+        if cluster_size < 16 << 10 {
+            return Err("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+                .to_owned());
+        }
+        if old {
+            return Err(format!("Extended L2 entries are only supported with {newer}"));
+        }
+    }
+    let bits = number("refcount_bits", 16);
+    if !bits.is_power_of_two() || bits > 64 {
+        return Err("Refcount width must be a power of two and may not exceed 64 bits".to_owned());
+    }
+    if old && bits != 16 {
+        return Err("Different refcount widths than 16 bits require compatibility level 1.1 or above \
+                    (use version=v3 or greater)"
+            .to_owned());
+    }
+    if old && on("lazy_refcounts") {
+        return Err(format!("Lazy refcounts only supported with {newer}"));
+    }
+    if old && dict.get("data_file").is_some() {
+        return Err(format!("External data files are only supported with {newer}"));
+    }
+    if old && dict.get("compression_type") == Some("zstd") {
+        return Err("Non-zlib compression type is only supported with compatibility level 1.1 and above \
+                    (use version=v3 or greater)"
+            .to_owned());
+    }
+    if on("data_file_raw") && dict.get("data_file").is_none() {
+        return Err("data-file-raw requires data-file".to_owned());
+    }
+    if on("data_file_raw") && dict.get("backing_file").is_some() {
+        return Err("Backing file and data-file-raw cannot be used at the same time".to_owned());
+    }
+    let preallocated = dict.get("preallocation").is_some_and(|mode| mode != "off");
+    if preallocated && dict.get("backing_file").is_some() && !on("extended_l2") {
+        return Err("Backing file and preallocation can only be used at the same time if extended_l2 is on"
+            .to_owned());
+    }
+    check_backing_format(dict)
+}
+
+/// A format of a backing file that is not there.
+fn check_backing_format(dict: &Dict) -> Result<(), String> {
+    match (dict.get("backing_file"), dict.get("backing_fmt")) {
+        (None, Some(_)) => Err("Backing format cannot be used without backing file".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+fn check_raw_preallocation(mode: &str) -> Result<(), String> {
+    match mode {
+        "off" | "falloc" | "full" => Ok(()),
+        "metadata" => Err(format!("Unsupported preallocation mode: {mode}")),
+        other => Err(format!("Parameter 'preallocation' does not accept value '{other}'")),
+    }
+}
+
+fn check_vmdk(dict: &Dict) -> Result<(), String> {
+    const SUBFORMATS: [&str; 5] = [
+        "monolithicSparse",
+        "monolithicFlat",
+        "twoGbMaxExtentSparse",
+        "twoGbMaxExtentFlat",
+        "streamOptimized",
+    ];
+    let backing = dict.get("backing_file").is_some();
+    let subformat = dict.get("subformat").unwrap_or("monolithicSparse");
+    if !SUBFORMATS.contains(&subformat) {
+        return Err(format!("invalid parameter value: {subformat}"));
+    }
+    let flat = subformat.ends_with("Flat");
+    let on = |name: &str| dict.get(name) == Some("on");
+    let wrong = if on("compat6") && dict.get("hwversion").is_some_and(|version| version != "undefined") {
+        "compat6 cannot be enabled with hwversion set"
+    } else if flat && backing {
+        "Flat image can't have backing file"
+    } else if flat && on("zeroed_grain") {
+        "Flat image can't enable zeroed grain"
+    } else if backing && dict.get("backing_fmt").is_some_and(|format| format != "vmdk") {
+        "backing_file must be a vmdk image"
+    } else {
+        return check_backing_format(dict);
+    };
+    Err(wrong.to_owned())
+}

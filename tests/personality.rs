@@ -1,0 +1,245 @@
+//! The personality against qemu-img itself: the same command line, in equal folders, prints the same and leaves the same.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use diskmill_testkit::{Cmd, Oracle, scratch};
+use tempfile::TempDir;
+
+/// Two folders with the same images: one for qemu-img, one for diskmill under its name.
+struct Pair {
+    oracle: Oracle,
+    program: PathBuf,
+    theirs: TempDir,
+    ours: TempDir,
+    _link: TempDir,
+}
+
+/// What a run printed, and its exit code.
+type Printed = (String, String, Option<i32>);
+
+impl Pair {
+    /// `None`, said loudly, without qemu-img.
+    fn new(fill: impl Fn(&Oracle)) -> Option<Self> {
+        let (theirs, ours, link) = (scratch(), scratch(), scratch());
+        let oracle = Oracle::find(theirs.path())?;
+        fill(&oracle);
+        // Copies: dates and random ids must be the same too.
+        let from = theirs.path().join(".");
+        Cmd::new("cp").arg("-a").arg(from).arg(ours.path()).ok();
+        let program = link.path().join("qemu-img");
+        symlink(env!("CARGO_BIN_EXE_diskmill"), &program).unwrap();
+        Some(Self { oracle, program, theirs, ours, _link: link })
+    }
+
+    /// Runs the command line, split at blanks, in both folders.
+    fn run(&self, line: &str) -> [Printed; 2] {
+        let args = || line.split(' ').filter(|arg| !arg.is_empty());
+        let theirs = self.oracle.img(args()).run();
+        let ours = Cmd::new(&self.program).args(args()).dir(self.ours.path()).run();
+        [theirs, ours].map(|run| (without_disk_size(&run.out()), run.err(), run.code))
+    }
+
+    /// Both must print the same and end the same.
+    fn same(&self, line: &str) {
+        let [theirs, ours] = self.run(line);
+        assert_eq!(theirs, ours, "qemu-img {line}");
+    }
+
+    /// The same, but for the line of a usage error that points to the help, where distributions differ.
+    fn same_but_hint(&self, line: &str) {
+        let [theirs, ours] = self.run(line).map(|(out, err, code)| {
+            let lines = err.lines().filter(|line| !line.starts_with("Try '"));
+            (out, lines.collect::<Vec<_>>().join("\n"), code)
+        });
+        assert_eq!(theirs, ours, "qemu-img {line}");
+    }
+
+    fn path(&self, name: &str) -> [PathBuf; 2] {
+        [&self.theirs, &self.ours].map(|dir: &TempDir| dir.path().join(name))
+    }
+
+    /// Both left an image of this name with the same guest content.
+    fn same_disk(&self, name: &str, format: &str) {
+        let [theirs, ours] = self.path(name);
+        self.oracle.identical((format, theirs), (format, ours));
+    }
+}
+
+/// How much of a file is allocated is the file system's affair, and a copy's may differ.
+fn without_disk_size(text: &str) -> String {
+    let is_size = |line: &&str| line.contains("disk size:") || line.contains("\"actual-size\":");
+    text.split_inclusive('\n').filter(|line| !is_size(line)).collect()
+}
+
+fn images(oracle: &Oracle) {
+    let io = |image: &str, format: &str, commands: &[&str]| {
+        let args = commands.iter().flat_map(|command| ["-c", command]);
+        oracle.io(["-f", format]).args(args).arg(image).ok();
+    };
+    oracle.create("base.qcow2", "", 4 << 20);
+    io("base.qcow2", "qcow2", &["write -P 1 0 1M", "write -P 2 2M 64k", "write -z 3M 128k"]);
+    oracle.img(["snapshot", "-c", "first", "base.qcow2"]).ok();
+    io("base.qcow2", "qcow2", &["write -P 3 512k 64k"]);
+    oracle.img(["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]).ok();
+    io("top.qcow2", "qcow2", &["write -P 4 1M 64k", "write -z 0 64k"]);
+    oracle.img(["create", "-q", "-f", "qcow2", "-u", "-b", "gone", "-F", "raw", "lost.qcow2", "1M"]).ok();
+    oracle.img(["convert", "-c", "-O", "qcow2", "base.qcow2", "packed.qcow2"]).ok();
+    oracle.img(["convert", "-O", "vmdk", "base.qcow2", "a.vmdk"]).ok();
+    oracle.img(["convert", "-O", "raw", "base.qcow2", "a.raw"]).ok();
+}
+
+#[test]
+fn looking_prints_the_same() {
+    let Some(pair) = Pair::new(images) else { return };
+    for line in [
+        "info base.qcow2",
+        "info --backing-chain top.qcow2",
+        "info -U --output json base.qcow2",
+        "info --output=json --backing-chain top.qcow2",
+        "info a.raw --output json",
+        "info -f raw base.qcow2",
+        "info file:packed.qcow2",
+        "info json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"base.qcow2\"}}",
+        "info --image-opts driver=qcow2,file.filename=base.qcow2",
+        "info --image-opts file.driver=file,file.filename=base.qcow2,file.locking=off",
+        "info --object secret,id=s,data=abc base.qcow2",
+        "map base.qcow2",
+        "map --output json top.qcow2",
+        "map --output json packed.qcow2",
+        "map packed.qcow2",
+        "map a.raw --output=json -s 512k -l 1M",
+        "map --output json a.vmdk",
+        "compare base.qcow2 a.raw",
+        "compare -f qcow2 -F vmdk base.qcow2 a.vmdk",
+        "compare base.qcow2 top.qcow2",
+        "compare -s base.qcow2 packed.qcow2",
+        "compare -q base.qcow2 top.qcow2",
+        "compare --image-opts driver=qcow2,file.filename=base.qcow2 driver=raw,file.filename=a.raw",
+    ] {
+        pair.same(line);
+    }
+}
+
+#[test]
+fn mistakes_are_told_the_same() {
+    let Some(pair) = Pair::new(images) else { return };
+    for line in [
+        "info nonexistent",
+        "info .",
+        "info lost.qcow2 --backing-chain",
+        "info foo:bar",
+        "info -f foo a.raw",
+        "info -f qcow2 a.raw",
+        "info -f vmdk a.raw",
+        "info --image-opts -f raw a.raw",
+        "info --image-opts a.raw",
+        "info --image-opts driver=foo",
+        "info --image-opts driver=qcow2",
+        "info --image-opts driver=qcow2,file=a",
+        "info --image-opts driver=qcow2,file.filename=base.qcow2,foo=1",
+        "info --image-opts driver=qcow2,file.filename=base.qcow2,file.foo=1",
+        "info json:{}",
+        "info json:{",
+        "info --object foo a.raw",
+        "info --object secret,id=x a.raw",
+        "map lost.qcow2",
+        "compare a.raw nonexistent",
+        "compare -T foo a.raw a.raw",
+        "convert -S 1 a.raw b",
+        "convert -S 3G a.raw b",
+        "convert -m 0 a.raw b",
+        "convert -m 20 a.raw b",
+        "convert -n a.raw nonexistent",
+        "convert -l foo base.qcow2 b",
+        "convert -B foo a.raw b",
+        "convert -O qcow2 -B foo a.raw b",
+        "convert -O qcow2 -B foo -F qcow2 a.raw b",
+        "convert -O qcow2 -o backing_file=a.raw,backing_fmt=raw base.qcow2 base.qcow2 b",
+        "convert -C -S 4k a.raw b",
+        "convert -C -c a.raw b",
+        "convert --salvage -C a.raw b",
+        "convert -c a.raw b",
+        "convert -t foo a.raw b",
+        "convert -T foo a.raw b",
+        "convert base.qcow2 base.qcow2",
+        "convert --target-image-opts a.raw driver=raw,file.filename=x",
+        "convert --target-is-zero a.raw b",
+        "convert -n -o foo=1 a.raw a.vmdk",
+        "convert --skip-broken-bitmaps a.raw b",
+        "convert -O dmg a.raw b",
+        "convert -O foo a.raw b",
+        "convert -O qcow2 -o foo=1 a.raw b",
+        "convert -O qcow2 -o cluster_size=1000 a.raw b",
+        "convert -O qcow2 -o compat=3 a.raw b",
+        "convert -O vmdk -o subformat=foo a.raw b",
+        "convert -O qcow2 -o ,help a.raw b",
+        "convert -O qcow2 -o backing_file=a,,, a.raw b",
+        "convert . b",
+    ] {
+        pair.same(line);
+    }
+    for line in ["", "foo", "info", "compare a.raw", "map a b"] {
+        pair.same_but_hint(line);
+    }
+}
+
+#[test]
+fn help_for_options_is_the_same() {
+    let Some(pair) = Pair::new(|_| ()) else { return };
+    for format in ["raw", "qcow2", "vmdk"] {
+        pair.same(&format!("convert -O {format} -o help"));
+        pair.same(&format!("convert -O {format} -o help a b"));
+    }
+}
+
+#[test]
+fn conversions_leave_the_same_disk() {
+    let Some(pair) = Pair::new(images) else { return };
+    for (line, name, format) in [
+        ("convert top.qcow2 b.raw", "b.raw", "raw"),
+        ("convert -q -p -f qcow2 -O raw top.qcow2 b.raw", "b.raw", "raw"),
+        ("convert -O qcow2 -c -o compression_type=zstd,cluster_size=4k a.raw b.qcow2", "b.qcow2", "qcow2"),
+        ("convert -O vmdk -o subformat=streamOptimized a.raw b.vmdk", "b.vmdk", "vmdk"),
+        ("convert -l first base.qcow2 b.raw", "b.raw", "raw"),
+        ("convert -l snapshot.name=first -O qcow2 base.qcow2 b.qcow2", "b.qcow2", "qcow2"),
+        ("convert -n a.raw b.raw", "b.raw", "raw"),
+        ("convert -n --target-image-opts a.raw driver=raw,file.filename=b.raw", "b.raw", "raw"),
+        ("convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 c.qcow2", "c.qcow2", "qcow2"),
+        ("convert a.raw a.raw -O qcow2 b.qcow2", "b.qcow2", "qcow2"),
+        ("convert -W -m 16 -t none -T none -S 64k a.raw b.raw", "b.raw", "raw"),
+        ("convert --salvage a.raw b.raw", "b.raw", "raw"),
+        ("convert --image-opts driver=qcow2,file.filename=top.qcow2 b.raw", "b.raw", "raw"),
+    ] {
+        pair.same(line);
+        pair.same_disk(name, format);
+    }
+}
+
+#[test]
+fn it_says_what_it_stands_for() {
+    let dir = scratch();
+    let diskmill = || Cmd::new(env!("CARGO_BIN_EXE_diskmill"));
+    diskmill().arg("install-qemu-img").arg(dir.path()).ok();
+    diskmill().arg("install-qemu-img").arg(dir.path()).ok();
+    let link = dir.path().join("qemu-img");
+    let version = Cmd::new(&link).arg("--version").ok().out();
+    assert!(version.starts_with("qemu-img version 10."), "{version}");
+    let help = Cmd::new(&link).arg("--help").ok().out();
+    assert!(help.contains("convert") && help.contains("Supported formats:"), "{help}");
+    let help = Cmd::new(&link).args(["convert", "--help"]).ok().out();
+    assert!(help.contains("--target-is-zero"), "{help}");
+
+    let other = scratch();
+    std::fs::write(other.path().join("qemu-img"), "another program").unwrap();
+    let refused = diskmill().arg("install-qemu-img").arg(other.path()).run();
+    assert_eq!(refused.code, Some(1), "{}", refused.err());
+    assert_eq!(content(&other.path().join("qemu-img")), "another program");
+    diskmill().args(["install-qemu-img", "--force"]).arg(other.path()).ok();
+    assert!(Cmd::new(other.path().join("qemu-img")).arg("--version").ok().out().starts_with("qemu-img"));
+}
+
+fn content(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
