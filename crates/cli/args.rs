@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use diskmill::convert::{Reflink, TargetFormat};
-use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, SnapshotRef, parse_size};
+use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, Secret, SnapshotRef, parse_size};
+
+use crate::secrets::{self, SecretObject};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,7 +30,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Copy images into a fresh one, in the same or another format
-    Convert(ConvertArgs),
+    Convert(Box<ConvertArgs>),
     /// Show what an image is
     Info(InfoArgs),
     /// Show where an image's guest data stands
@@ -132,6 +134,10 @@ pub(crate) struct ConvertArgs {
     /// Make the target an overlay of this file: what is the same there is not copied
     #[arg(short = 'B', long, value_name = "FILE")]
     pub(crate) backing: Option<String>,
+
+    /// Passphrase for a TARGET with -o encrypt.format=luks, from this file; a line end after it does not count
+    #[arg(long, value_name = "FILE", value_parser = secrets::from_file)]
+    pub(crate) target_key_file: Option<Secret>,
 
     /// Format of the backing file [default: told by its first bytes]
     #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
@@ -325,9 +331,28 @@ pub(crate) struct OpenArgs {
     /// Read a VMDK delta although its parent was changed since (the CIDs differ)
     #[arg(long)]
     ignore_cid: bool,
+
+    /// Passphrase of an encrypted image, from this file; a line end after it does not count
+    #[arg(long, value_name = "FILE", value_parser = secrets::from_file)]
+    key_file: Vec<Secret>,
+
+    /// A passphrase as qemu-img takes it: secret,id=ID,data=TEXT or secret,id=ID,file=FILE
+    #[arg(long, value_name = "SECRET", value_parser = SecretObject::parse)]
+    object: Vec<SecretObject>,
 }
 
 impl OpenArgs {
+    /// The passphrase that `--object` names `id`.
+    pub(crate) fn secret(&self, id: &str) -> Option<Secret> {
+        self.object.iter().find(|object| object.id == id).map(|object| object.secret.clone())
+    }
+
+    /// All passphrases that the user gave.
+    fn keys(&self) -> Vec<Secret> {
+        let objects = self.object.iter().map(|object| &object.secret);
+        self.key_file.iter().chain(objects).cloned().collect()
+    }
+
     pub(crate) fn options(&self, format: Option<Format>) -> OpenOptions {
         let allow = if self.allow_any_path { Allow::Anything } else { Allow::OwnTree };
         OpenOptions {
@@ -336,6 +361,7 @@ impl OpenArgs {
             force_share: self.force_share,
             disk: self.disk.clone(),
             ignore_cid: self.ignore_cid,
+            keys: self.keys(),
             ..OpenOptions::default()
         }
     }

@@ -21,7 +21,7 @@ use crate::verify::verify;
 /// Bad ranges that are listed on standard error; all of them stand in the JSON result.
 const LISTED_RANGES: usize = 20;
 
-pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
+pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
     if args.options.iter().any(|list| options::asks_for_help(list)) {
         io::stdout().write_all(options::help(&args.target_format).as_bytes())?;
         return Ok(Exit::Done);
@@ -42,7 +42,7 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
         let other = if args.compress { "-c" } else { "-S" };
         return Err(Failure::usage(format!("Cannot enable copy offloading when {other} is used")));
     }
-    let convert = convert_options(&args)?;
+    let convert = convert_options(args)?;
     let output = if to_stdout {
         Output::Stream(PipeWriter::stdout().map_err(|error| stream_failure("output", &error))?)
     } else {
@@ -50,7 +50,7 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
     };
     let mut images = Vec::new();
     let input = if from_stdin {
-        check_stdin(&args, sources)?;
+        check_stdin(args, sources)?;
         let pipe = PipeReader::stdin().map_err(|error| stream_failure("input", &error))?;
         match args.source_format {
             Some(Format::Vmdk) => Input::VmdkStream(Box::new(VmdkStream::new(pipe, &Limits::default())?)),
@@ -60,7 +60,7 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
         if args.verify {
             sources.iter().try_for_each(|source| verify(source))?;
         }
-        let open = open_options(&args);
+        let open = open_options(args);
         images = sources.iter().map(|path| Image::open(path, &open)).collect::<Result<_, _>>()?;
         Input::Images(&images)
     };
@@ -77,7 +77,7 @@ pub(crate) fn run(args: ConvertArgs) -> Result<Exit, Failure> {
         }
     }
     let summary = result.map_err(|error| match watch.received() {
-        Some(signal) if error.kind() == Kind::Cancelled => interrupted(signal, &args, target),
+        Some(signal) if error.kind() == Kind::Cancelled => interrupted(signal, args, target),
         _ => error.into(),
     })?;
 
@@ -110,6 +110,22 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
     if let Some(backing_format) = args.backing_format {
         format.set("backing_fmt", backing_format.name())?;
     }
+    if let TargetFormat::Qcow2(qcow2) = &mut format
+        && let Some(luks) = &mut qcow2.encryption
+    {
+        let named = |id: &String| args.open.secret(id).ok_or_else(|| no_secret(id));
+        luks.key = match &args.target_key_file {
+            Some(key) => Some(key.clone()),
+            None => luks.key_secret.as_ref().map(named).transpose()?,
+        };
+        if luks.key.is_none() {
+            return Err(Failure::usage(
+                "encryption needs --target-key-file, or --object and encrypt.key-secret",
+            ));
+        }
+    } else if args.target_key_file.is_some() {
+        return Err(Failure::usage("--target-key-file needs -o encrypt.format=luks"));
+    }
     Ok(ConvertOptions {
         format,
         compress: args.compress.then_some(Compression { level: args.level }),
@@ -131,6 +147,10 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         },
         copy_offload: args.copy_range,
     })
+}
+
+fn no_secret(id: &str) -> Failure {
+    Failure::usage(format!("there is no --object secret with id={id}"))
 }
 
 fn open_options(args: &ConvertArgs) -> OpenOptions {

@@ -5,7 +5,10 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use diskmill::qcow2::{Bitmap, CompressionType, CryptMethod, Qcow2Info, feature, read_bitmaps};
+use diskmill::crypt::{Header as LuksHeader, IvGenerator, KeySlot, Mode};
+use diskmill::qcow2::{
+    Bitmap, CompressionType, CryptMethod, Qcow2Info, feature, read_bitmaps, read_luks_header,
+};
 use diskmill::vmdk::VmdkInfo;
 use diskmill::{FormatInfo, Image, ImageInfo, Limits, OpenOptions};
 use serde_json::{Map, Value, json};
@@ -57,6 +60,8 @@ struct Layer<'i> {
     info: &'i ImageInfo,
     /// Its persistent bitmaps.
     bitmaps: Vec<Bitmap>,
+    /// Its LUKS header.
+    luks: Option<LuksHeader>,
     /// Length of the image's file in bytes, in whole sectors as QEMU counts.
     file_len: u64,
     /// Bytes that the file takes on its disk.
@@ -73,17 +78,19 @@ impl<'i> Layer<'i> {
         let len = file.map_or(Ok(meta.len()), |file| file.storage.len()).map_err(failed)?;
         let protocol = if meta.file_type().is_block_device() { "host_device" } else { "file" };
         let file_len = len.checked_next_multiple_of(512).unwrap_or(len);
-        let bitmaps = match (&info.specific, file) {
-            (FormatInfo::Qcow2(qcow2), Some(file)) => {
-                read_bitmaps(qcow2, &*file.storage, &Limits::default())?
-            }
-            _ => Vec::new(),
+        let (bitmaps, luks) = match (&info.specific, file) {
+            (FormatInfo::Qcow2(qcow2), Some(file)) => (
+                read_bitmaps(qcow2, &*file.storage, &Limits::default())?,
+                read_luks_header(qcow2, &*file.storage)?,
+            ),
+            _ => (Vec::new(), None),
         };
         Ok(Self {
             name,
             path,
             info,
             bitmaps,
+            luks,
             file_len,
             disk_size: meta.blocks().saturating_mul(512),
             protocol,
@@ -100,7 +107,7 @@ impl<'i> Layer<'i> {
     /// Facts that only the format has.
     fn specific(&self) -> Option<Value> {
         match &self.info.specific {
-            FormatInfo::Qcow2(qcow2) => Some(qcow2_specific(qcow2, &self.bitmaps)),
+            FormatInfo::Qcow2(qcow2) => Some(qcow2_specific(qcow2, &self.bitmaps, self.luks.as_ref())),
             FormatInfo::Vmdk(vmdk) => Some(vmdk_specific(vmdk, &self.name, self.path)),
             _ => None,
         }
@@ -210,7 +217,43 @@ fn bitmap(bitmap: &Bitmap) -> Value {
     json!({ "flags": flags, "name": String::from_utf8_lossy(&bitmap.name), "granularity": bitmap.granularity() })
 }
 
-fn qcow2_specific(qcow2: &Qcow2Info, bitmaps: &[Bitmap]) -> Value {
+/// The key order is that of QEMU's hash table.
+fn luks_facts(luks: &LuksHeader) -> Value {
+    let mut out = Map::new();
+    let mut put = |key: &str, value: Value| out.insert(key.to_owned(), value);
+    let cipher = luks.cipher;
+    let (iv, iv_hash) = match cipher.iv {
+        IvGenerator::Plain => ("plain", None),
+        IvGenerator::Plain64 => ("plain64", None),
+        IvGenerator::Essiv(hash) => ("essiv", Some(hash.name())),
+    };
+    let (mode, cipher_key) = match cipher.mode {
+        Mode::Xts => ("xts", luks.key_bytes / 2),
+        Mode::Cbc => ("cbc", luks.key_bytes),
+    };
+    put("ivgen-alg", json!(iv));
+    put("detached-header", json!(false));
+    put("hash-alg", json!(luks.hash.name()));
+    put("cipher-alg", json!(format!("{}-{}", cipher.algorithm.name(), cipher_key * 8)));
+    put("uuid", json!(luks.uuid));
+    if let Some(hash) = iv_hash {
+        put("ivgen-hash-alg", json!(hash));
+    }
+    put("format", json!("luks"));
+    put("cipher-mode", json!(mode));
+    let slot = |slot: &KeySlot| match slot.active {
+        true => {
+            json!({ "active": true, "iters": slot.iterations, "key-offset": slot.material_offset, "stripes": slot.stripes })
+        }
+        false => json!({ "active": false, "key-offset": slot.material_offset }),
+    };
+    put("slots", luks.slots.iter().map(slot).collect());
+    put("payload-offset", json!(luks.payload_offset));
+    put("master-key-iters", json!(luks.digest_iterations));
+    Value::Object(out)
+}
+
+fn qcow2_specific(qcow2: &Qcow2Info, bitmaps: &[Bitmap], luks: Option<&LuksHeader>) -> Value {
     let mut out = Map::new();
     let mut put = |key: &str, value: Value| out.insert(key.to_owned(), value);
     let header = &qcow2.area.header;
@@ -218,11 +261,6 @@ fn qcow2_specific(qcow2: &Qcow2Info, bitmaps: &[Bitmap]) -> Value {
     let compression = match header.compression {
         CompressionType::Zlib => "zlib",
         CompressionType::Zstd => "zstd",
-    };
-    let encryption = match header.crypt {
-        CryptMethod::None => None,
-        CryptMethod::Aes => Some("aes"),
-        CryptMethod::Luks => Some("luks"),
     };
     put("compat", json!(if v3 { "1.1" } else { "0.10" }));
     put("compression-type", json!(compression));
@@ -235,10 +273,15 @@ fn qcow2_specific(qcow2: &Qcow2Info, bitmaps: &[Bitmap]) -> Value {
     put("refcount-bits", json!(header.refcount_width.bits()));
     if let Some(name) = &qcow2.data_file {
         put("data-file", json!(name));
-        put("data-file-raw", json!(header.autoclear & feature::RAW_DATA_FILE != 0));
     }
-    if let Some(format) = encryption {
-        put("encrypt", json!({ "format": format }));
+    match (header.crypt, luks) {
+        (CryptMethod::Luks, Some(luks)) => put("encrypt", luks_facts(luks)),
+        (CryptMethod::Luks, None) => put("encrypt", json!({ "format": "luks" })),
+        (CryptMethod::Aes, _) => put("encrypt", json!({ "format": "aes" })),
+        (CryptMethod::None, _) => None,
+    };
+    if qcow2.data_file.is_some() {
+        put("data-file-raw", json!(header.autoclear & feature::RAW_DATA_FILE != 0));
     }
     if v3 {
         put("corrupt", json!(qcow2.corrupt));

@@ -13,6 +13,7 @@ mod names;
 mod options;
 mod progress;
 mod qemu_img;
+mod secrets;
 mod signals;
 mod size;
 mod snapshots;
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
         return qemu_img::main(args.collect());
     }
     let outcome = match Cli::parse().command {
-        Command::Convert(args) => convert::run(args),
+        Command::Convert(args) => convert::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),

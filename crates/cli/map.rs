@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use diskmill::qcow2::is_metadata_preallocated;
+use diskmill::qcow2::{CryptMethod, is_metadata_preallocated};
 use diskmill::{Allocation, Error, Extent, FormatInfo, Image, ImageFile, ImageInfo, Source};
 
 use crate::args::{MapArgs, OutputForm};
@@ -108,6 +108,10 @@ pub(crate) fn print(
     walked
 }
 
+fn is_encrypted(info: &ImageInfo) -> bool {
+    matches!(&info.specific, FormatInfo::Qcow2(qcow2) if qcow2.area.header.crypt != CryptMethod::None)
+}
+
 /// Calls `put` with each entry of `range`, adjacent ones merged.
 fn walk(
     image: &Image,
@@ -119,6 +123,8 @@ fn walk(
         return put(&Entry::nothing(range.start));
     }
     let mut holes = Holes::new(image);
+    // As in QEMU, encrypted data has no offset: what stands there is not what the guest sees.
+    let encrypted: Vec<bool> = image.chain().map(|(_, info)| is_encrypted(info)).collect();
     let mut current: Option<Entry> = None;
     let mut at = range.start;
     while at < range.end {
@@ -126,11 +132,14 @@ fn walk(
         let hole = holes.cut(&mut extent)?;
         at = extent.guest.end;
         let start = extent.guest.start;
-        let (host, compressed) = match extent.source {
+        let (mut host, compressed) = match extent.source {
             Source::Raw { file, at } => (Some((file, at)), false),
             Source::Packed { .. } => (None, true),
             Source::Zero => (extent.zero_host, false),
         };
+        if encrypted.get(usize::from(extent.depth)).is_some_and(|&encrypted| encrypted) {
+            host = None;
+        }
         let entry = Entry {
             start,
             length: extent.guest.end - start,

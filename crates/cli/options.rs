@@ -54,6 +54,14 @@ const QCOW2: &[(&str, &str)] = &[
     ("compression_type", "zlib (default) or zstd, for -c and for what QEMU compresses later"),
     ("backing_file", "the image that this one is an overlay of (also -B)"),
     ("backing_fmt", "its format (also -F)"),
+    ("encrypt.format", "luks: encrypt guest data; the key is random, so no two outputs are the same"),
+    ("encrypt.key-secret", "id of the --object that holds the passphrase, unless --target-key-file gives it"),
+    ("encrypt.cipher-alg", "aes-256 (default), serpent-256, twofish-256, and 128 or 192"),
+    ("encrypt.cipher-mode", "xts (default) or cbc"),
+    ("encrypt.ivgen-alg", "plain64 (default), plain or essiv"),
+    ("encrypt.ivgen-hash-alg", "hash for essiv (default sha256)"),
+    ("encrypt.hash-alg", "sha256 (default), sha1, sha224, sha384, sha512 or ripemd160"),
+    ("encrypt.iter-time", "milliseconds that one try at the passphrase takes (default 2000)"),
 ];
 
 const VMDK: &[(&str, &str)] = &[
@@ -79,7 +87,7 @@ pub(crate) fn help(format: &TargetFormat) -> String {
     };
     let mut text = format!("Options of {}:\n", format.name());
     for (name, meaning) in rows {
-        text.push_str(&format!("  {:<18} {meaning}\n", format!("{name}=…")));
+        text.push_str(&format!("  {:<24} {meaning}\n", format!("{name}=…")));
     }
     text
 }

@@ -144,28 +144,28 @@ impl Header {
         Ok(())
     }
 
-    /// Bytes of key material in a slot.
-    #[must_use]
-    pub fn material_bytes(&self) -> u64 {
-        u64::from(self.key_bytes) * u64::from(STRIPES)
+    /// Bytes of key material in a slot: the stripes, filled up to whole sectors.
+    fn material(&self) -> Secret {
+        Secret::zeros((self.key_bytes as usize * STRIPES as usize).next_multiple_of(SECTOR))
     }
 
     /// The disk's key. `read` reads key material: so many bytes at an offset from the header's start.
     ///
     /// # Errors
-    /// [`CryptError::WrongPassphrase`] as `Ok(Err(_))` would be unwieldy: an error of `read` is passed on, all others are
-    /// turned into one by `E: From<CryptError>`.
+    /// [`CryptError::WrongPassphrase`] if no slot opens; what `read` fails with.
     pub fn unlock<E: From<CryptError>>(
         &self,
         passphrase: &Secret,
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<Secret, E> {
         for slot in self.slots.iter().filter(|slot| slot.active) {
-            let mut material = Secret::zeros(self.material_bytes() as usize);
+            let mut material = self.material();
             read(slot.material_offset, material.bytes_mut())?;
             let slot_key = self.slot_key(passphrase, slot);
             SectorCipher::new(self.cipher, &slot_key)?.decrypt(material.bytes_mut(), 0);
-            let key = merge(self.hash, material.bytes(), self.key_bytes as usize);
+            let whole = self.key_bytes as usize * STRIPES as usize;
+            let stripes = material.bytes().get(..whole).unwrap_or_default();
+            let key = merge(self.hash, stripes, self.key_bytes as usize);
             if bool::from(self.digest_of(&key).ct_eq(&self.digest)) {
                 return Ok(key);
             }
@@ -221,8 +221,9 @@ impl Header {
         fill(&mut first.salt)?;
         let first = first.clone();
 
-        let mut stripes = Secret::zeros(header.material_bytes() as usize);
-        split(header.hash, &key, stripes.bytes_mut())?;
+        let mut stripes = header.material();
+        let whole = header.key_bytes as usize * STRIPES as usize;
+        split(header.hash, &key, stripes.bytes_mut().get_mut(..whole).unwrap_or_default())?;
         let slot_key = header.slot_key(passphrase, &first);
         SectorCipher::new(header.cipher, &slot_key)?.encrypt(stripes.bytes_mut(), 0);
         let mut bytes = header.fixed_part();

@@ -7,17 +7,19 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use diskmill_format::qcow2::{Snapshot, feature};
+use diskmill_crypt::Secret;
+use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
 use diskmill_format::{GuestOffset, Limits};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
+use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{
     Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source,
 };
 use crate::policy::{Allow, EXTENT, OpenPolicy};
 use crate::probe::{Format, PROBE_BYTES};
-use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy, refuse_encryption};
+use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy};
 use crate::raw::RawLayout;
 use crate::reader::{Reader, read_full};
 use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
@@ -58,6 +60,8 @@ pub struct OpenOptions {
     pub disk: Option<String>,
     /// Read a VMDK delta although its parent was changed since (the CIDs differ).
     pub ignore_cid: bool,
+    /// Passphrases for encrypted images of the chain; each image takes the first that fits.
+    pub keys: Vec<Secret>,
 }
 
 /// A file that an image consists of.
@@ -364,10 +368,7 @@ impl<'a> Opener<'a> {
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
             Format::Raw => (Box::new(RawLayout::new(storage, id)?), None),
-            Format::Qcow2 => {
-                let (layout, next) = self.qcow2(storage, id, &path, snapshot, root)?;
-                (Box::new(layout), next)
-            }
+            Format::Qcow2 => self.qcow2(storage, id, &path, snapshot, root)?,
             _ if snapshot.is_some() => {
                 return Err(Error::invalid(format!("{format} has no internal snapshots")));
             }
@@ -388,7 +389,7 @@ impl<'a> Opener<'a> {
         path: &Path,
         snapshot: Option<&SnapshotRef>,
         root: &Path,
-    ) -> Result<(Qcow2Layout, Option<Next>)> {
+    ) -> Result<(Box<dyn Layout>, Option<Next>)> {
         let read = Qcow2Info::read(&*storage, &self.options.limits)?;
         let held =
             |snapshot: &Snapshot| (size_of::<Snapshot>() + snapshot.id.len() + snapshot.name.len()) as u64;
@@ -400,9 +401,6 @@ impl<'a> Opener<'a> {
             ));
         }
         let header = &read.area.header;
-        if !self.options.metadata_only {
-            refuse_encryption(header)?;
-        }
         let snapshot = snapshot.map(|wanted| find_snapshot(&read.snapshots, wanted)).transpose()?.cloned();
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
         let data = if header.has(feature::DATA_FILE) && !self.options.metadata_only {
@@ -420,7 +418,7 @@ impl<'a> Opener<'a> {
             let data_path = self.options.policy.check(&named, root, "external data file")?;
             let data = self.open_file(&data_path, Some((root, "external data file")))?;
             let len = data.len().map_err(|error| Error::io("cannot tell the size", error).of(&data_path))?;
-            Some((self.file_id(&data, &data_path), len))
+            Some((data, data_path, len))
         } else {
             None
         };
@@ -438,9 +436,27 @@ impl<'a> Opener<'a> {
             }
             _ => None,
         };
-        let files = Files { image: (storage, id, len), data };
+        let crypt = if self.options.metadata_only { CryptMethod::None } else { header.crypt };
+        let mut clusters = data;
+        if crypt == CryptMethod::Luks {
+            let Some((at, room)) = read.area.extensions.luks_header else {
+                let message = "the extension that tells where the LUKS header stands is missing";
+                return Err(Error::corrupt("qcow2 header", Some(0), message));
+            };
+            let cipher = unlock(&*storage, at, room, &self.options.keys)?;
+            let (file, path, len) = clusters.unwrap_or_else(|| (Arc::clone(&storage), path.to_owned(), len));
+            clusters = Some((Arc::new(EncryptedStorage::new(file, Arc::new(cipher))), path, len));
+        }
+        let data = clusters.as_ref().map(|(file, path, len)| (self.file_id(file, path), *len));
+        let files = Files { image: (Arc::clone(&storage), id, len), data };
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
-        Ok((layout, next))
+        if crypt != CryptMethod::Aes {
+            return Ok((Box::new(layout), next));
+        }
+        let cipher = legacy_aes(&self.options.keys)?;
+        let (file, path, _) = clusters.unwrap_or_else(|| (storage, path.to_owned(), len));
+        let register = |decrypted| self.file_id(&decrypted, &path);
+        Ok((Box::new(LegacyAesLayout::new(layout, file, cipher, register)), next))
     }
 }
 

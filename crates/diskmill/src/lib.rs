@@ -20,6 +20,7 @@
 
 pub mod compare;
 pub mod convert;
+mod encrypted;
 mod error;
 mod image;
 mod layout;
@@ -33,6 +34,7 @@ mod size;
 mod tables;
 pub mod vmdk;
 
+pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
 pub use diskmill_io::{Allocation, EngineChoice, PipeReader, PipeWriter, unlink_all_pending};
 pub use error::{Error, Kind};

@@ -12,6 +12,8 @@ pub(crate) enum TargetFile {
     Main,
     /// The external data file.
     Data,
+    /// What holds the guest's data, through its encryption.
+    Encrypted,
     /// An extent file of a VMDK, by its number from 0.
     Extent(u32),
 }

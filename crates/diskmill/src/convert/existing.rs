@@ -88,5 +88,6 @@ fn options_of(info: &Qcow2Info) -> Qcow2Options {
         compression: header.compression,
         backing_file: info.area.backing_name.as_deref().map(lossy),
         backing_format: info.area.extensions.backing_format.as_deref().map(lossy),
+        encryption: None,
     }
 }

@@ -9,11 +9,14 @@ use diskmill_io::{
     FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage, Storage,
 };
 
+use diskmill_crypt::SectorCipher;
+
 use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
 use super::existing::adopt_qcow2;
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
+use crate::encrypted::EncryptedStorage;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
@@ -39,6 +42,8 @@ pub(super) struct Target {
     reserve_first: AtomicBool,
     /// The disk's size is at least this: that of the image that is being filled.
     least_size: u64,
+    /// What guest data is encrypted with, and the LUKS header that keeps its key.
+    encryption: Option<(Arc<SectorCipher>, Vec<u8>)>,
     /// Held until the output has its name, so that nobody begins to use the old file meanwhile.
     _locks: Vec<ImageLock>,
 }
@@ -75,12 +80,19 @@ impl Target {
                     dirty: false,
                     reserve_first: AtomicBool::new(false),
                     least_size: 0,
+                    encryption: None,
                     _locks: Vec::new(),
                 });
             }
         };
-        let target = Self::open_path(path.clone(), options, sources, size);
-        target.map_err(|error| error.of(&path))
+        let mut open = || {
+            let mut target = Self::open_path(path.clone(), options, sources, size)?;
+            if let TargetFormat::Qcow2(Qcow2Options { encryption: Some(luks), .. }) = &options.format {
+                target.encryption = Some(luks.create()?);
+            }
+            Ok(target)
+        };
+        open().map_err(|error: Error| error.of(&path))
     }
 
     fn open_path(
@@ -175,6 +187,7 @@ impl Target {
             dirty: false,
             reserve_first,
             least_size,
+            encryption: None,
             _locks: locks,
         })
     }
@@ -204,6 +217,7 @@ impl Target {
             dirty,
             reserve_first: AtomicBool::new(false),
             least_size,
+            encryption: None,
             _locks: lock.into_iter().collect(),
         })
     }
@@ -219,11 +233,12 @@ impl Target {
             0 => 64 << 10,
             granule => granule,
         };
+        let luks = self.encryption.as_ref().map(|(_, header)| header.clone());
         let name = (!self.is_stream()).then(|| file_name(&self.path));
         Ok(match &options.format {
             TargetFormat::Vmdk(vmdk) => vmdk.assembler(name, size, granule)?,
             TargetFormat::Ova(vmdk) => crate::ova::assembler(vmdk.clone(), &self.path, size)?,
-            TargetFormat::Qcow2(qcow2) => Box::new(Qcow2Assembler::new(qcow2.clone(), self.dirty)?),
+            TargetFormat::Qcow2(qcow2) => Box::new(Qcow2Assembler::new(qcow2.clone(), self.dirty, luks)?),
             TargetFormat::Raw(raw) => {
                 let zeros = match &self.main {
                     Main::Stream(_) => RawZeros::Write,
@@ -279,12 +294,19 @@ impl Target {
 
     /// The storage of one of the files, for engines.
     pub(super) fn file(&self, file: TargetFile) -> Result<SharedStorage> {
+        if file == TargetFile::Encrypted {
+            let inner = if self.others.is_empty() { TargetFile::Main } else { TargetFile::Data };
+            let (Some((cipher, _)), file) = (&self.encryption, self.file(inner)?) else {
+                return Err(Error::invalid("encrypted data of an output that is not"));
+            };
+            return Ok(Arc::new(EncryptedStorage::new(file, Arc::clone(cipher))));
+        }
         let other = |index| self.others.get(index).map(|(storage, _)| storage);
         let found = match (file, &self.main) {
             (TargetFile::Data, _) => other(0),
             (TargetFile::Extent(index), _) => other(index as usize),
             (TargetFile::Main, Main::Pending(storage, _) | Main::Existing(storage)) => Some(storage),
-            (TargetFile::Main, Main::Stream(_)) => None,
+            (TargetFile::Main, Main::Stream(_)) | (TargetFile::Encrypted, _) => None,
         };
         found.cloned().ok_or_else(|| Error::invalid("a file that the output does not have"))
     }

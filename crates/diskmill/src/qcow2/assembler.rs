@@ -2,7 +2,8 @@ use std::ops::Range;
 
 use diskmill_codec::Codec;
 use diskmill_format::qcow2::{
-    CompressionType, Extensions, Geometry, Header, HeaderArea, L1Entry, L2Codec, RefcountWidth, feature,
+    CompressionType, CryptMethod, Extensions, Geometry, Header, HeaderArea, L1Entry, L2Codec, RefcountWidth,
+    feature,
 };
 use diskmill_format::{HostOffset, Limits};
 
@@ -28,17 +29,25 @@ pub(crate) struct Qcow2Assembler {
     packed_at: Option<u64>,
     /// The file that takes the output may hold old bytes, so what must read as zeros has to be written.
     dirty_target: bool,
+    /// LUKS header and key material, and where they go.
+    luks: Option<(HostOffset, Vec<u8>)>,
 }
 
 impl Qcow2Assembler {
     /// For an image with these (checked) options. `dirty_target`: the output may hold old bytes (a device).
-    pub(crate) fn new(options: Qcow2Options, dirty_target: bool) -> Result<Self> {
+    /// `luks`: the header of the cipher that [`TargetFile::Encrypted`] stands for.
+    pub(crate) fn new(options: Qcow2Options, dirty_target: bool, luks: Option<Vec<u8>>) -> Result<Self> {
         let geometry = options.geometry()?;
         let width = options.refcount_width()?;
         let version = if options.compat == Compat::V2 { 2 } else { 3 };
+        let mut refcounts = Refcounts::new(geometry, width);
+        let place = |bytes: Vec<u8>| -> Result<_> {
+            Ok((refcounts.take((bytes.len() as u64).div_ceil(geometry.cluster_size()))?, bytes))
+        };
         Ok(Self {
+            luks: luks.map(place).transpose()?,
             entries: L2Codec::new(geometry, version, options.data_file.is_some()),
-            refcounts: Refcounts::new(geometry, width),
+            refcounts,
             geometry,
             width,
             l1: Vec::new(),
@@ -99,7 +108,11 @@ impl Qcow2Assembler {
     }
 
     const fn data_file(&self) -> TargetFile {
-        if self.options.data_file.is_some() { TargetFile::Data } else { TargetFile::Main }
+        match (&self.luks, &self.options.data_file) {
+            (Some(_), _) => TargetFile::Encrypted,
+            (None, Some(_)) => TargetFile::Data,
+            (None, None) => TargetFile::Main,
+        }
     }
 
     fn place_data(&mut self, guest: u64, zero: u32, buf_at: usize, out: &mut Vec<WriteOp>) -> Result<()> {
@@ -235,7 +248,7 @@ impl Qcow2Assembler {
                 backing_name: None,
                 geometry: self.geometry,
                 size,
-                crypt: diskmill_format::qcow2::CryptMethod::None,
+                crypt: if self.luks.is_some() { CryptMethod::Luks } else { CryptMethod::None },
                 l1_size: self.geometry.l1_entries(size) as u32,
                 l1_offset: l1,
                 refcount_table_offset: table,
@@ -252,6 +265,7 @@ impl Qcow2Assembler {
             extensions: Extensions {
                 backing_format: options.backing_format.as_ref().map(|name| name.clone().into_bytes()),
                 data_file: options.data_file.as_ref().map(|name| name.clone().into_bytes()),
+                luks_header: self.luks.as_ref().map(|(at, bytes)| (at.get(), bytes.len() as u64)),
                 ..Extensions::default()
             },
             backing_name: options.backing_file.as_ref().map(|name| name.clone().into_bytes()),
@@ -335,6 +349,9 @@ impl Assembler for Qcow2Assembler {
     fn finish(&mut self, size: u64, out: &mut Vec<WriteOp>) -> Result<Finish> {
         self.check_size(size)?;
         self.flush_l2(out)?;
+        if let Some((at, bytes)) = &self.luks {
+            out.push(WriteOp::bytes(at.get(), bytes.clone()));
+        }
         let mut l1 = std::mem::take(&mut self.l1);
         l1.resize(self.geometry.l1_entries(size) as usize, 0);
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();

@@ -1,12 +1,14 @@
 //! qcow2: opening and mapping existing images, and assembling fresh ones.
 
 mod assembler;
+mod encryption;
 mod layout;
 mod options;
 mod preallocated;
 mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
+pub use encryption::LuksOptions;
 pub(crate) use layout::{Files, Qcow2Layout};
 pub use options::{Compat, Preallocation, Qcow2Options};
 pub use preallocated::is_metadata_preallocated;
@@ -17,7 +19,7 @@ use diskmill_format::{HostOffset, Limits};
 use diskmill_io::Storage;
 
 use crate::error::{Error, Kind, Result};
-use crate::reader::read_full;
+use crate::reader::{read_exact, read_full};
 
 /// Facts that only qcow2 images have.
 #[derive(Debug, Clone)]
@@ -76,6 +78,22 @@ pub fn read_bitmaps(info: &Qcow2Info, file: &dyn Storage, limits: &Limits) -> Re
     let got = read_full(file, &mut bytes, at)?;
     bytes.truncate(got);
     Ok(parse_bitmaps(&bytes, count, HostOffset(at), limits)?)
+}
+
+/// The LUKS header of the image in `file`; none if it is not encrypted with LUKS.
+///
+/// # Errors
+/// [`Kind::Corrupt`], [`Kind::Unsupported`] or [`Kind::Limit`] for a bad header; [`Kind::Io`].
+pub fn read_luks_header(info: &Qcow2Info, file: &dyn Storage) -> Result<Option<diskmill_crypt::Header>> {
+    let (CryptMethod::Luks, Some((at, _))) = (info.area.header.crypt, info.area.extensions.luks_header)
+    else {
+        return Ok(None);
+    };
+    let mut fixed = [0; diskmill_crypt::HEADER_BYTES];
+    let header = read_exact(file, &mut fixed, at)
+        .and_then(|()| Ok(diskmill_crypt::Header::parse(&fixed)?))
+        .map_err(|error| error.within("LUKS header", at))?;
+    Ok(Some(header))
 }
 
 pub(crate) fn lossy(bytes: &[u8]) -> String {

@@ -3,6 +3,7 @@ use std::str::FromStr;
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CompressionType, Geometry, RefcountWidth};
 
+use super::LuksOptions;
 use crate::error::{Error, Result};
 use crate::size::parse_size;
 
@@ -71,6 +72,8 @@ pub struct Qcow2Options {
     pub backing_file: Option<String>,
     /// `backing_fmt`.
     pub backing_format: Option<String>,
+    /// `encrypt.*`: encryption with LUKS.
+    pub encryption: Option<LuksOptions>,
 }
 
 impl Default for Qcow2Options {
@@ -87,6 +90,7 @@ impl Default for Qcow2Options {
             compression: CompressionType::Zlib,
             backing_file: None,
             backing_format: None,
+            encryption: None,
         }
     }
 }
@@ -102,7 +106,7 @@ fn parse_bool(name: &str, value: &str) -> Result<bool> {
 
 impl Qcow2Options {
     /// The names of all options, for help.
-    pub const NAMES: [&str; 11] = [
+    pub const NAMES: [&str; 19] = [
         "compat",
         "cluster_size",
         "refcount_bits",
@@ -114,6 +118,14 @@ impl Qcow2Options {
         "compression_type",
         "backing_file",
         "backing_fmt",
+        "encrypt.format",
+        "encrypt.key-secret",
+        "encrypt.cipher-alg",
+        "encrypt.cipher-mode",
+        "encrypt.ivgen-alg",
+        "encrypt.ivgen-hash-alg",
+        "encrypt.hash-alg",
+        "encrypt.iter-time",
     ];
 
     /// Sets one option as it stands in an `-o` list.
@@ -156,11 +168,14 @@ impl Qcow2Options {
             "size" => {
                 return Err(Error::unsupported("the option size in a conversion (the source has its size)"));
             }
-            "encryption" => return Err(Error::unsupported("the qcow2 option encryption")),
-            other if other.starts_with("encrypt.") => {
-                return Err(Error::unsupported(format!("the qcow2 option {other}")));
+            "encryption" => {
+                return Err(Error::unsupported("writing qcow2 with legacy AES encryption (encryption)")
+                    .hint("encrypt.format=luks"));
             }
             other => {
+                if let Some(name) = other.strip_prefix("encrypt.") {
+                    return self.encryption.get_or_insert_default().set(name, value);
+                }
                 return Err(Error::invalid(format!("qcow2 has no option {other:?}"))
                     .hint(format!("it has {}", Self::NAMES.join(", "))));
             }
@@ -211,6 +226,15 @@ impl Qcow2Options {
         }
         if compress && self.preallocation != Preallocation::Off {
             return Err(Error::invalid("compression and preallocation exclude each other"));
+        }
+        if compress && self.encryption.is_some() {
+            return Err(Error::invalid("compression and encryption exclude each other"));
+        }
+        // A block that was never written decrypts to noise, where these promise zeros.
+        if self.encryption.is_some()
+            && matches!(self.preallocation, Preallocation::Metadata | Preallocation::Falloc)
+        {
+            return Err(Error::unsupported("encryption with preallocation=metadata or falloc"));
         }
         if compress && self.data_file.is_some() {
             return Err(Error::invalid("compression and an external data file exclude each other"));

@@ -127,6 +127,9 @@ impl Extensions {
         if let Some(name) = &self.data_file {
             put(DATA_FILE, name);
         }
+        if let Some((at, len)) = self.luks_header {
+            put(LUKS_HEADER, &[at.to_be_bytes(), len.to_be_bytes()].concat());
+        }
         if !self.feature_names.is_empty() {
             let table: Vec<u8> = self.feature_names.iter().flat_map(encode_feature_name).collect();
             put(FEATURE_NAMES, &table);
