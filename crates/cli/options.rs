@@ -44,7 +44,10 @@ const RAW: &[(&str, &str)] =
 
 const QCOW2: &[(&str, &str)] = &[
     ("compat", "version: 0.10 (v2) or 1.1 (v3, default)"),
-    ("cluster_size", "bytes in a cluster: a power of two from 512 to 2M (default 64k)"),
+    (
+        "cluster_size",
+        "bytes in a cluster: a power of two from 512 to 2M (default 64k; with -c, what the source has packed)",
+    ),
     ("refcount_bits", "width of a refcount: 1, 2, 4, 8, 16 (default), 32 or 64"),
     ("preallocation", "off (default), metadata, falloc (reserve the space), full (write zeros)"),
     ("lazy_refcounts", "on or off (default): let QEMU postpone updates of refcounts"),

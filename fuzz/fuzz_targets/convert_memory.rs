@@ -69,7 +69,7 @@ impl Options {
         let mut compress = self.compress.map(|level| Compression { level: level.map(i32::from) });
         let mut qcow2 = Qcow2Options {
             compat: if self.v2 { Compat::V2 } else { Compat::V3 },
-            cluster_size: 1 << (9 + self.cluster_bits % 13),
+            cluster_size: Some(1 << (9 + self.cluster_bits % 13)),
             refcount_bits: 1 << (self.refcount_order % 7),
             preallocation: [
                 Preallocation::Off,
@@ -95,7 +95,7 @@ impl Options {
                     (Preallocation::Off, None, false);
             }
             if qcow2.extended_l2 {
-                qcow2.cluster_size = qcow2.cluster_size.max(16 << 10);
+                qcow2.cluster_size = qcow2.cluster_size.max(Some(16 << 10));
             } else if backing {
                 (qcow2.preallocation, qcow2.data_file_raw) = (Preallocation::Off, false);
             }

@@ -39,6 +39,15 @@ impl Codec {
             Self::Zstd => "zstd",
         }
     }
+
+    /// Whether [`rewrap`] makes a payload of the one into one of the other.
+    #[must_use]
+    pub const fn is_kin_of(self, other: Self) -> bool {
+        matches!(
+            (self, other),
+            (Self::Zstd, Self::Zstd) | (Self::Deflate | Self::Zlib, Self::Deflate | Self::Zlib)
+        )
+    }
 }
 
 /// Why a unit could not be packed or unpacked.

@@ -78,7 +78,7 @@ fn options_of(info: &Qcow2Info) -> Qcow2Options {
     let header = &info.area.header;
     Qcow2Options {
         compat: if header.version < 3 { Compat::V2 } else { Compat::V3 },
-        cluster_size: header.geometry.cluster_size(),
+        cluster_size: Some(header.geometry.cluster_size()),
         refcount_bits: u64::from(header.refcount_width.bits()),
         preallocation: Preallocation::Off,
         lazy_refcounts: header.compatible & feature::LAZY_REFCOUNTS != 0,

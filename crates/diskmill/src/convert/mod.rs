@@ -21,6 +21,7 @@ mod worker;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use diskmill_codec::Codec;
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
 pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
@@ -29,12 +30,16 @@ pub use options::{Compression, ConvertOptions, RawOptions, Reflink, TargetFormat
 
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::layout::Source;
 use crate::vmdk::VmdkStream;
 use buffers::Buffers;
 use placer::Placer;
 use planner::Planner;
 use target::Target;
 use worker::{Shared, Worker};
+
+/// Extents of each source that are looked at for a packed one.
+const LOOKED_AT: usize = 1024;
 
 /// Where the bytes come from.
 pub enum Input<'a> {
@@ -132,6 +137,14 @@ pub fn convert<'a>(
         Input::VmdkStream(stream) => Some(stream.size()),
     };
     options.check(&output)?;
+    if let TargetFormat::Qcow2(qcow2) = &mut options.format
+        && options.compress.is_some_and(|compression| compression.level.is_none())
+        && options.create
+        && !options.recompress
+        && let Some(unit) = packed_unit(&input, qcow2.codec())
+    {
+        qcow2.fit_clusters(unit);
+    }
     let sources: &[Image] = match &input {
         Input::Images(images) => images,
         Input::Stream(_) | Input::VmdkStream(_) => &[],
@@ -231,6 +244,22 @@ fn merged(mut ranges: Vec<BadRange>) -> Vec<BadRange> {
         range.add_to(&mut joined);
     }
     joined
+}
+
+/// Bytes of the source's first packed unit whose payload can be taken over in `codec`.
+fn packed_unit(input: &Input<'_>, codec: Codec) -> Option<u64> {
+    let first = match input {
+        Input::Images(images) => images
+            .iter()
+            .flat_map(|image| image.extents(0..image.size()).take(LOOKED_AT))
+            .find_map(|extent| match extent.ok()?.source {
+                Source::Packed { unit, codec, .. } => Some((u64::from(unit), codec)),
+                _ => None,
+            }),
+        Input::Stream(_) => None,
+        Input::VmdkStream(stream) => Some((stream.grain_bytes(), Codec::Zlib)),
+    };
+    first.filter(|(_, from)| from.is_kin_of(codec)).map(|(unit, _)| unit)
 }
 
 fn is_on_device(image: &Image) -> bool {

@@ -232,11 +232,7 @@ impl ConvertOptions {
 
     fn codec(&self) -> Codec {
         match &self.format {
-            TargetFormat::Qcow2(options)
-                if options.compression == diskmill_format::qcow2::CompressionType::Zstd =>
-            {
-                Codec::Zstd
-            }
+            TargetFormat::Qcow2(options) => options.codec(),
             _ => Codec::Deflate,
         }
     }

@@ -110,7 +110,7 @@ impl Target {
                 least_size = adopt_qcow2(&path, qcow2)?;
                 fits(least_size, size)?;
                 // The last cluster is written whole, and would hide what the backing file has behind the source's end.
-                let inside = |size: u64| size < least_size && !size.is_multiple_of(qcow2.cluster_size);
+                let inside = |size: u64| size < least_size && !size.is_multiple_of(qcow2.cluster_size());
                 if qcow2.backing_file.is_some() && size.is_none_or(inside) {
                     return Err(Error::unsupported(
                         "filling (-n) an image that has a backing file from a source that ends inside a cluster",

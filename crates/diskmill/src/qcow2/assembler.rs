@@ -284,10 +284,7 @@ impl Assembler for Qcow2Assembler {
     }
 
     fn codec(&self) -> Option<Codec> {
-        Some(match self.options.compression {
-            CompressionType::Zlib => Codec::Deflate,
-            CompressionType::Zstd => Codec::Zstd,
-        })
+        Some(self.options.codec())
     }
 
     fn whole_units(&self) -> bool {

@@ -1,11 +1,15 @@
 use std::str::FromStr;
 
+use diskmill_codec::Codec;
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CompressionType, Geometry, RefcountWidth};
 
 use super::LuksOptions;
 use crate::error::{Error, Result};
 use crate::size::parse_size;
+
+/// `cluster_size` where nobody names one, as in QEMU.
+const DEFAULT_CLUSTER_SIZE: u64 = 64 << 10;
 
 /// The version of a qcow2 image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -52,8 +56,9 @@ impl FromStr for Preallocation {
 pub struct Qcow2Options {
     /// `compat`.
     pub compat: Compat,
-    /// `cluster_size` in bytes: a power of two from 512 (16 KiB with extended L2) to 2 MiB.
-    pub cluster_size: u64,
+    /// `cluster_size` in bytes: a power of two from 512 (16 KiB with extended L2) to 2 MiB. `None`: 64 KiB, but a
+    /// conversion that packs takes the source's packed unit, so that payloads can be taken over as they are.
+    pub cluster_size: Option<u64>,
     /// `refcount_bits`: 1, 2, 4, … 64; version 2 has 16.
     pub refcount_bits: u64,
     /// `preallocation`.
@@ -80,7 +85,7 @@ impl Default for Qcow2Options {
     fn default() -> Self {
         Self {
             compat: Compat::V3,
-            cluster_size: 64 << 10,
+            cluster_size: None,
             refcount_bits: 16,
             preallocation: Preallocation::Off,
             lazy_refcounts: false,
@@ -142,7 +147,7 @@ impl Qcow2Options {
                     other => return Err(Error::invalid(format!("compat={other:?}")).hint("0.10 or 1.1")),
                 }
             }
-            "cluster_size" => self.cluster_size = parse_size(value)?,
+            "cluster_size" => self.cluster_size = Some(parse_size(value)?),
             "refcount_bits" => {
                 self.refcount_bits =
                     value.parse().map_err(|_| Error::invalid(format!("refcount_bits={value:?}")))?;
@@ -183,14 +188,36 @@ impl Qcow2Options {
         Ok(())
     }
 
+    /// The codec of packed clusters.
+    pub(crate) const fn codec(&self) -> Codec {
+        match self.compression {
+            CompressionType::Zlib => Codec::Deflate,
+            CompressionType::Zstd => Codec::Zstd,
+        }
+    }
+
+    /// Bytes in a cluster.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        self.cluster_size.unwrap_or(DEFAULT_CLUSTER_SIZE)
+    }
+
+    /// Leaves the choice of the cluster size to the source, which has packed units of `unit` bytes, if it is open.
+    pub(crate) fn fit_clusters(&mut self, unit: u64) {
+        let fitting = Self { cluster_size: Some(unit), ..self.clone() };
+        if self.cluster_size.is_none() && fitting.geometry().is_ok() {
+            *self = fitting;
+        }
+    }
+
     /// Cluster size and entry width.
     pub(crate) fn geometry(&self) -> Result<Geometry> {
-        Some(self.cluster_size)
+        Some(self.cluster_size())
             .filter(|size| size.is_power_of_two())
             .and_then(|size| Geometry::new(size.trailing_zeros(), self.extended_l2))
             .ok_or_else(|| {
                 let least = if self.extended_l2 { "16k (because of extended_l2)" } else { "512" };
-                Error::invalid(format!("cluster_size={}", self.cluster_size))
+                Error::invalid(format!("cluster_size={}", self.cluster_size()))
                     .hint(format!("a power of two from {least} to 2M"))
             })
     }
