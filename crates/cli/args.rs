@@ -179,6 +179,11 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) recompress: bool,
 
+    /// Take packed clusters over without unpacking them: faster, but damage in them goes unseen. For sources that are
+    /// known to be sound
+    #[arg(long, conflicts_with_all = ["recompress", "salvage"])]
+    pub(crate) trust_packed: bool,
+
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 

@@ -139,6 +139,7 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         sync: args.sync || cache(CacheMode::is_durable),
         salvage: args.salvage,
         recompress: args.recompress,
+        trust_packed: args.trust_packed,
         // Who asks for zeros to be found wants the data to be looked at.
         reflink: match (args.reflink, args.sparse_size) {
             (Some(when), _) => when.into(),

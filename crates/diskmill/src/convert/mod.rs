@@ -95,7 +95,8 @@ pub struct Summary {
     pub bytes_written: u64,
     /// Guest bytes that are zeros and were not written.
     pub bytes_zero: u64,
-    /// Guest bytes whose packed form was taken over from the source, checked but not packed anew.
+    /// Guest bytes whose packed form was taken over from the source, checked (unless
+    /// [`ConvertOptions::trust_packed`]) but not packed anew.
     pub bytes_passed: u64,
     /// Guest bytes that were packed anew.
     pub bytes_packed: u64,
@@ -176,6 +177,7 @@ pub fn convert<'a>(
         packer,
         pass_packed: !options.recompress
             && options.compress.is_none_or(|compression| compression.level.is_none()),
+        trust_packed: options.trust_packed && !options.salvage,
         frame,
         fingerprint,
         subunit,

@@ -165,6 +165,10 @@ pub struct ConvertOptions {
     /// Pack everything anew, even what the source has packed in a way that the output can take over. A level in
     /// [`compress`](Self::compress) does the same.
     pub recompress: bool,
+    /// Take packed units over without unpacking them, where the output's wrapper allows (deflate or zlib into qcow2, zstd
+    /// into qcow2): damage in them goes unseen, and zeros in them are not looked for. Only for sources that are known
+    /// to be sound. Ignored when salvaging.
+    pub trust_packed: bool,
     /// Whether the output may share blocks with the source.
     pub reflink: Reflink,
     /// Copy plain data inside the kernel (`copy_file_range`) where it cannot be cloned, and do not look for zeros in it:
@@ -187,6 +191,7 @@ impl Default for ConvertOptions {
             sync: false,
             salvage: false,
             recompress: false,
+            trust_packed: false,
             reflink: Reflink::Auto,
             copy_offload: false,
         }

@@ -15,6 +15,8 @@ pub(super) struct Pass {
     pub(super) codec: Codec,
     /// Its place in the buffer.
     pub(super) payload: Range<usize>,
+    /// Nobody has unpacked it: its bytes in the guest area mean nothing.
+    pub(super) unread: bool,
 }
 
 /// Packs the units of one job.
@@ -49,8 +51,17 @@ impl JobPacker<'_> {
             if *state == Unit::Zero {
                 continue;
             }
+            let unread = pass.is_some_and(|pass| pass.unread);
             let pass = pass.and_then(|pass| Some((pass.codec, buf.get(pass.payload.clone())?)));
             let room = scratch.get_mut(end..).ok_or_else(no_room)?;
+            if let (true, Some((codec, payload))) = (unread, pass) {
+                // There is nothing to pack instead.
+                let len = rewrap(codec, self.codec, payload, &[], room).ok_or_else(no_room)?;
+                self.monitor.add_passed(bytes.len() as u64);
+                *state = Unit::Packed { at: end, len: len as u32 };
+                end += len;
+                continue;
+            }
             let used = match self.frame {
                 Some(frame) => self.framed(frame, guest + at as u64, bytes, pass, room, state)?,
                 None => self.plain(bytes, pass, room, state)?,

@@ -76,6 +76,15 @@ pub(super) struct PackedPart {
     pub(super) dst: Range<usize>,
 }
 
+impl PackedPart {
+    /// Its payload, which ends at the latest where the next one begins: the source tells lengths in sectors only.
+    pub(super) fn payload_before(&self, next: Option<&Self>) -> Range<usize> {
+        let next = next.filter(|next| next.piece == self.piece).map(|next| next.payload.start);
+        let end = next.filter(|start| self.payload.contains(start) && *start > self.payload.start);
+        self.payload.start..end.unwrap_or(self.payload.end)
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Class {
     Zero,

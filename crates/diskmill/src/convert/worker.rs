@@ -9,7 +9,7 @@ use super::assembler::{Frame, Unit, WriteWhat};
 use super::buffers::{Buffers, Credit};
 use super::pack::{JobPacker, Pass};
 use super::placer::{Filled, FilledKind, Placer, WriteSet};
-use super::planner::{Item, Job, Planner, Work};
+use super::planner::{Item, Job, PackedPart, Planner, Work};
 use super::{BadRange, ConvertOptions, Monitor};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -27,6 +27,8 @@ pub(super) struct Shared<'a> {
     pub(super) packer: Option<(Codec, i32)>,
     /// Payloads of the source may be passed on as they are.
     pub(super) pass_packed: bool,
+    /// And without a look at what is in them.
+    pub(super) trust_packed: bool,
     pub(super) frame: Option<Frame>,
     /// The assembler wants a fingerprint of the content.
     pub(super) fingerprint: bool,
@@ -340,7 +342,12 @@ impl<'s, 'a> Worker<'s, 'a> {
         self.partial.0 = None;
         let unit_size = self.shared.buffers.sizes().unit as usize;
         let mut passes = Vec::new();
-        for part in &job.packed {
+        for (index, part) in job.packed.iter().enumerate() {
+            let payload = part.payload_before(job.packed.get(index + 1));
+            if self.trusts(part, payload.len()) {
+                passes.push(Pass { at: part.dst.start, codec: part.codec, payload, unread: true });
+                continue;
+            }
             let (area, payloads) = buf
                 .split_at_mut_checked(job_len)
                 .ok_or_else(|| Error::invalid("a buffer too small for its job"))?;
@@ -357,7 +364,7 @@ impl<'s, 'a> Worker<'s, 'a> {
                     let fits = part.unit == unit_size && part.dst.start.is_multiple_of(unit_size);
                     if let Some(used) = used.filter(|_| fits && self.shared.pass_packed) {
                         let payload = part.payload.start..part.payload.start + used;
-                        passes.push(Pass { at: part.dst.start, codec: part.codec, payload });
+                        passes.push(Pass { at: part.dst.start, codec: part.codec, payload, unread: false });
                     }
                 })
             } else {
@@ -392,6 +399,23 @@ impl<'s, 'a> Worker<'s, 'a> {
         Ok(passes)
     }
 
+    /// Whether a payload of `len` bytes is a whole unit of the output, and can be one without having been unpacked.
+    fn trusts(&self, part: &PackedPart, len: usize) -> bool {
+        let unit = self.shared.buffers.sizes().unit as usize;
+        let same_unit = part.skip == 0
+            && (part.unit, part.dst.len()) == (unit, unit)
+            && part.dst.start.is_multiple_of(unit)
+            // What is no smaller than its unit is stored unpacked.
+            && len < unit;
+        // A frame tells the payload's exact length, and a zlib wrapper needs the unit's checksum.
+        let same_stream = self.shared.frame.is_none()
+            && self
+                .packer
+                .as_ref()
+                .is_some_and(|(codec, _)| *codec != Codec::Zlib && part.codec.is_kin_of(*codec));
+        self.shared.trust_packed && same_unit && same_stream
+    }
+
     /// Looks for zeros, packs, and leaves the result with the placer.
     fn pass_on(&mut self, seq: u64, guest: Range<u64>, buf: Buf, passes: &[Pass]) -> Result<()> {
         let unit = self.shared.buffers.sizes().unit as usize;
@@ -399,7 +423,12 @@ impl<'s, 'a> Worker<'s, 'a> {
         let filled = if self.shared.whole_units { len.next_multiple_of(unit) } else { len };
         let area = buf.get(..filled).ok_or_else(|| Error::invalid("a job longer than its buffer"))?;
         let scan = self.shared.options.granule() != 0;
-        let mut units: Vec<Unit> = area.chunks(unit).map(|bytes| self.classify(bytes, scan)).collect();
+        let mut unread = passes.iter().filter(|pass| pass.unread).map(|pass| pass.at).peekable();
+        let mut units: Vec<Unit> = area
+            .chunks(unit)
+            .zip((0..).step_by(unit))
+            .map(|(bytes, at)| self.classify(bytes, scan && unread.next_if_eq(&at).is_none()))
+            .collect();
         let content = if self.shared.fingerprint { fingerprint(guest.start, area, unit) } else { 0 };
         let buf = match (&mut self.packer, self.scratch.take()) {
             (Some((codec, packer)), Some(mut scratch)) => {
