@@ -37,6 +37,9 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Tell whether two images show the guest the same bytes
     Compare(CompareArgs),
+    /// Started by file-system commands: ends their appliance whatever becomes of them
+    #[command(hide = true)]
+    GuestfsKeeper,
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
     InstallQemuImg(InstallArgs),
 }

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {

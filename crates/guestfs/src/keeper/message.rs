@@ -1,0 +1,52 @@
+//! What a session and its keeper say to each other: a line of JSON each.
+
+use std::path::PathBuf;
+
+use crate::place::Place;
+use crate::process::ProcessId;
+use crate::{Kind, Settings};
+
+/// The longest line, in bytes.
+pub(crate) const MAX_LINE: usize = 1 << 20;
+
+/// From the session to the keeper.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) enum Request {
+    /// The first: start guestfish.
+    Start(Box<Settings>),
+    /// Go on without this session until nobody has used the appliance for a while.
+    Keep(crate::kept::Keep),
+}
+
+/// From the keeper to the session.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) enum Reply {
+    /// Something worth telling whoever waits.
+    Note(String),
+    /// guestfish listens.
+    Ready(Server),
+    /// The state is written, the session may go.
+    Kept,
+    /// It could not be done.
+    Failed {
+        /// The error's kind.
+        kind: Kind,
+        /// The error's message.
+        message: String,
+        /// The next step.
+        hint: Option<String>,
+    },
+}
+
+/// A guestfish that listens.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Server {
+    /// Its process.
+    pub(crate) process: ProcessId,
+    /// Its socket.
+    pub(crate) socket: PathBuf,
+    /// Its version, which hello must repeat.
+    pub(crate) version: String,
+    /// The session's folders.
+    pub(crate) place: Place,
+}

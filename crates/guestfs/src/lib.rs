@@ -1,0 +1,44 @@
+//! A session with guestfish: one appliance, many operations on the file systems inside disk images.
+//!
+//! guestfish is started once, as a server, and spoken to through its own remote control: a call on a running appliance
+//! takes milliseconds, where each libguestfs tool would boot an appliance of its own.
+//!
+//! ```no_run
+//! use diskmill_guestfs::{Command, Disk, Options, Session, WatchdogCommand};
+//!
+//! # fn main() -> diskmill_guestfs::Result<()> {
+//! // The program runs `diskmill_guestfs::keeper_main()` when it is started with this argument.
+//! let options = Options::new(WatchdogCommand::this_program(["guestfs-keeper"]))?;
+//! let mut session = Session::open(&[Disk::file("disk.qcow2", "qcow2")], options)?;
+//! session.call(&Command::new("mount-ro").arg("/dev/sda1").arg("/"))?;
+//! session.download("/etc/os-release", &mut std::io::stdout())?;
+//! session.close()
+//! # }
+//! ```
+//!
+//! The disks are the guest's and untrusted: they are only ever opened by QEMU inside the session, with their format
+//! named, and no command of guestfish that works on the host can be sent.
+#![forbid(unsafe_code)]
+
+mod cancel;
+mod command;
+mod connection;
+mod error;
+mod keeper;
+mod kept;
+mod keys;
+mod messages;
+mod place;
+mod process;
+mod session;
+mod settings;
+mod watchdog;
+pub mod wire;
+
+pub use cancel::Cancel;
+pub use command::Command;
+pub use error::{Error, Kind, Result};
+pub use keeper::keeper_main;
+pub use session::{Disk, Event, Listener, MAX_OUTPUT, Options, Session};
+pub use settings::Settings;
+pub use watchdog::WatchdogCommand;

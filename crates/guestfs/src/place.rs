@@ -1,0 +1,129 @@
+//! The folders of sessions: small files and sockets in the user's run-time folder, overlays where there is room.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Kind, Result, Settings};
+
+/// Where all sessions of this user have their folders: `$XDG_RUNTIME_DIR/diskmill`, else `/tmp/diskmill-UID`.
+pub(crate) fn root() -> PathBuf {
+    let run = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    match run.filter(|dir| dir.is_absolute() && private_dir(dir).is_ok()) {
+        Some(dir) => dir.join("diskmill"),
+        None => Path::new("/tmp").join(format!("diskmill-{}", uid())),
+    }
+}
+
+pub(crate) fn uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// The folders of one session, removed by [`Place::remove`].
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Place {
+    /// State, sockets, messages.
+    pub(crate) dir: PathBuf,
+    /// Overlays.
+    pub(crate) scratch: PathBuf,
+}
+
+impl Place {
+    /// Makes the folders.
+    pub(crate) fn create(settings: &Settings) -> Result<Self> {
+        let root = root();
+        make_root(&root)?;
+        let dir = fresh_dir(&root)?;
+        let var = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+        let tmp = settings.tmp_dir.clone().or(var).unwrap_or_else(|| "/tmp".into());
+        let tmp = tmp.join(format!("diskmill-{}", uid()));
+        let scratch = if tmp == root {
+            let scratch = dir.join("scratch");
+            make_dir(&scratch).map_err(|e| cannot_make(&scratch, e)).map(|()| scratch)
+        } else {
+            make_root(&tmp).and_then(|()| fresh_dir(&tmp))
+        };
+        match scratch {
+            Ok(scratch) => Ok(Self { dir, scratch }),
+            Err(e) => {
+                let _ = fs::remove_dir(&dir);
+                Err(e)
+            }
+        }
+    }
+
+    /// Removes the folders with all that is in them.
+    pub(crate) fn remove(&self) {
+        let _ = fs::remove_dir_all(&self.scratch);
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+
+    /// What guestfish writes to its standard error.
+    pub(crate) fn messages(&self) -> PathBuf {
+        self.dir.join("messages")
+    }
+
+    /// Progress, a line for each event.
+    pub(crate) fn progress(&self) -> PathBuf {
+        self.dir.join("progress")
+    }
+
+    /// Passphrases on their way to guestfish: a named pipe.
+    pub(crate) fn keys(&self) -> PathBuf {
+        self.dir.join("keys")
+    }
+}
+
+/// Makes the folder if it is not there, and refuses one that others may enter.
+fn make_root(root: &Path) -> Result<()> {
+    match make_dir(root) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => private_dir(root).map_err(|reason| {
+            Error::new(Kind::Io, format!("{} is not safe to use: {reason}", root.display()))
+        }),
+        Err(e) => Err(cannot_make(root, e)),
+    }
+}
+
+fn make_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(dir)
+}
+
+fn cannot_make(dir: &Path, error: io::Error) -> Error {
+    Error::io(format!("cannot make the folder {}", dir.display()), error)
+}
+
+/// Whether `dir` is a folder of ours that nobody else may enter.
+pub(crate) fn private_dir(dir: &Path) -> Result<(), String> {
+    let found = fs::symlink_metadata(dir).map_err(|e| e.to_string())?;
+    if !found.is_dir() {
+        return Err("it is no folder".to_owned());
+    }
+    if found.uid() != uid() {
+        return Err(format!("it belongs to user {}", found.uid()));
+    }
+    if found.mode() & 0o077 != 0 {
+        return Err(format!("others may enter it (mode {:o})", found.mode() & 0o7777));
+    }
+    Ok(())
+}
+
+fn fresh_dir(root: &Path) -> Result<PathBuf> {
+    loop {
+        // Short: the name of a socket, at most 107 bytes, is to fit below it.
+        let dir = root.join(random_name().map_err(|e| Error::io("cannot read /dev/urandom", e))?);
+        match make_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(cannot_make(&dir, e)),
+        }
+    }
+}
+
+/// Eight characters that nobody guesses twice.
+pub(crate) fn random_name() -> io::Result<String> {
+    let mut bytes = [0; 4];
+    fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(format!("{:08x}", u32::from_ne_bytes(bytes)))
+}

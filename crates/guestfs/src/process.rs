@@ -1,0 +1,144 @@
+//! Processes: told apart by number and start time, and ended with all that they started.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions};
+#[cfg(test)]
+use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+
+/// A process by number and start time, so that a number that was given away again is not taken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ProcessId {
+    pub(crate) pid: i32,
+    /// In clock ticks since the machine started (`/proc/PID/stat`, field 22).
+    pub(crate) started: u64,
+}
+
+impl ProcessId {
+    /// The process that has the number `pid` now.
+    pub(crate) fn of(pid: i32) -> Option<Self> {
+        Some(Self { pid, started: Stat::of(pid)?.started })
+    }
+
+    /// Whether it is still running (a zombie is not).
+    pub(crate) fn is_alive(self) -> bool {
+        Stat::of(self.pid).is_some_and(|stat| stat.started == self.started && !stat.is_zombie())
+    }
+
+    #[cfg(test)]
+    /// Kills it, if it is still the same.
+    pub(crate) fn kill(self) {
+        self.signal(Signal::KILL);
+    }
+
+    #[cfg(test)]
+    /// Sends a signal, if it is still the same.
+    pub(crate) fn signal(self, signal: Signal) {
+        let Some(pid) = Pid::from_raw(self.pid) else { return };
+        // The descriptor holds on to the process; only then is the start time worth looking at.
+        if let Ok(fd) = pidfd_open(pid, PidfdFlags::empty())
+            && self.is_alive()
+        {
+            let _ = pidfd_send_signal(&fd, signal);
+        }
+    }
+
+    #[cfg(test)]
+    /// Waits until it has ended; `false` if it has not after `limit`.
+    pub(crate) fn wait_gone(self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while self.is_alive() {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+}
+
+/// What `/proc/PID/stat` tells.
+struct Stat {
+    state: u8,
+    parent: i32,
+    started: u64,
+}
+
+impl Stat {
+    fn of(pid: i32) -> Option<Self> {
+        let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in brackets, may hold anything.
+        let after = text.iter().rposition(|&b| b == b')')?.checked_add(2)?;
+        let fields = std::str::from_utf8(text.get(after..)?).ok()?;
+        let mut fields = fields.split_ascii_whitespace();
+        let state = *fields.next()?.as_bytes().first()?;
+        let parent = fields.next()?.parse().ok()?;
+        // Field 22 of proc(5); the parent is field 4.
+        let started = fields.nth(17)?.parse().ok()?;
+        Some(Self { state, parent, started })
+    }
+
+    fn is_zombie(&self) -> bool {
+        matches!(self.state, b'Z' | b'X')
+    }
+}
+
+/// The children of this process, zombies too.
+pub(crate) fn children() -> Vec<i32> {
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    children_of(own)
+}
+
+/// The children of the process `parent`.
+pub(crate) fn children_of(parent: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid| Stat::of(pid).is_some_and(|stat| stat.parent == parent)).collect()
+}
+
+/// Kills all descendants of this process and waits until they are gone. It must be their subreaper: whatever loses its
+/// parent becomes our child then, so that none gets away and no number can be given to another process before we have
+/// waited for it. `false` if some are left after `limit` (a process that waits for a disk cannot be killed).
+pub(crate) fn end_all_descendants(limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        reap();
+        let children = children();
+        if children.is_empty() {
+            return true;
+        }
+        for pid in children.into_iter().filter_map(Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits for children that have ended already.
+pub(crate) fn reap() {
+    while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_start_time_too() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(child.id() as i32).unwrap();
+        assert!(id.is_alive() && children().contains(&id.pid));
+        let other = ProcessId { started: id.started + 1, ..id };
+        assert!(!other.is_alive());
+        other.kill();
+        assert!(id.is_alive());
+        id.kill();
+        assert!(id.wait_gone(Duration::from_secs(5)));
+        child.wait().unwrap();
+        assert!(ProcessId::of(id.pid).is_none());
+    }
+}

@@ -1,0 +1,152 @@
+//! What guestfish is told by its environment, and how long we wait.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How the appliance is run. [`Settings::from_env`] honours the variables that libguestfs documents (guestfs(3),
+/// "ENVIRONMENT VARIABLES"); what is `None` is left to libguestfs.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[non_exhaustive]
+pub struct Settings {
+    /// The program, a path or a name on `PATH`.
+    pub guestfish: PathBuf,
+    /// `LIBGUESTFS_BACKEND`.
+    pub backend: String,
+    /// `LIBGUESTFS_BACKEND_SETTINGS`, such as `force_tcg`.
+    pub backend_settings: Option<String>,
+    /// `LIBGUESTFS_MEMSIZE`: memory of the appliance in MiB.
+    pub memory_mib: Option<u32>,
+    /// `LIBGUESTFS_SMP`: virtual CPUs of the appliance.
+    pub cpus: Option<u32>,
+    /// `LIBGUESTFS_CACHEDIR`: where the appliance is kept.
+    pub cache_dir: Option<PathBuf>,
+    /// `LIBGUESTFS_TMPDIR`: where overlays of read-only disks are kept while a session lasts.
+    pub tmp_dir: Option<PathBuf>,
+    /// `LIBGUESTFS_PATH`: a fixed appliance.
+    pub appliance: Option<PathBuf>,
+    /// `LIBGUESTFS_HV`: the program that runs the appliance.
+    pub hypervisor: Option<PathBuf>,
+    /// `LIBGUESTFS_DEBUG`: messages of library and appliance.
+    pub debug: bool,
+    /// `LIBGUESTFS_TRACE`: each call of the library.
+    pub trace: bool,
+    /// Whether the guest may reach the network.
+    pub network: bool,
+    /// The longest time that the start may take.
+    pub start_timeout: Duration,
+    /// The longest time that a call may take without any sign of life (output, input, progress).
+    pub call_timeout: Option<Duration>,
+}
+
+/// A start under emulation takes 10 to 25 s of CPU time, and an appliance may have to be built first.
+const START_TIMEOUT: Duration = Duration::from_secs(300);
+/// Checks and resizes of large file systems are silent for minutes.
+const CALL_TIMEOUT: Duration = Duration::from_secs(1800);
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            guestfish: "guestfish".into(),
+            backend: "direct".to_owned(),
+            backend_settings: None,
+            memory_mib: None,
+            cpus: None,
+            cache_dir: None,
+            tmp_dir: None,
+            appliance: None,
+            hypervisor: None,
+            debug: false,
+            trace: false,
+            network: false,
+            start_timeout: START_TIMEOUT,
+            call_timeout: Some(CALL_TIMEOUT),
+        }
+    }
+}
+
+impl Settings {
+    /// The settings by this process's environment.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self::from_vars(|name| std::env::var_os(name))
+    }
+
+    /// The settings by these variables. An empty variable counts as none.
+    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
+        let var = |name: &str| var(name).filter(|value| !value.is_empty());
+        let text = |name: &str| var(name).and_then(|value| value.into_string().ok());
+        let number = |name: &str| text(name).and_then(|value| value.trim().parse().ok());
+        let path = |name: &str| var(name).map(PathBuf::from);
+        let flag = |name: &str| text(name).is_some_and(|value| truth(&value));
+        Self {
+            backend: text("LIBGUESTFS_BACKEND").unwrap_or_else(|| "direct".to_owned()),
+            backend_settings: text("LIBGUESTFS_BACKEND_SETTINGS"),
+            memory_mib: number("LIBGUESTFS_MEMSIZE"),
+            cpus: number("LIBGUESTFS_SMP"),
+            cache_dir: path("LIBGUESTFS_CACHEDIR"),
+            tmp_dir: path("LIBGUESTFS_TMPDIR"),
+            appliance: path("LIBGUESTFS_PATH"),
+            hypervisor: path("LIBGUESTFS_HV"),
+            debug: flag("LIBGUESTFS_DEBUG"),
+            trace: flag("LIBGUESTFS_TRACE"),
+            ..Self::default()
+        }
+    }
+
+    /// Whether KVM is ruled out.
+    #[must_use]
+    pub fn forces_emulation(&self) -> bool {
+        self.backend_settings
+            .as_deref()
+            .is_some_and(|list| list.split(':').any(|setting| setting == "force_tcg"))
+    }
+
+    /// The variables for guestfish, and which of ours it must not see.
+    pub(crate) fn environment(&self) -> Vec<(&'static str, Option<OsString>)> {
+        let text = |value: &Option<String>| value.as_ref().map(OsString::from);
+        let path = |value: &Option<PathBuf>| value.as_ref().map(|path| path.clone().into_os_string());
+        let number = |value: Option<u32>| value.map(|n| n.to_string().into());
+        let flag = |on: bool| on.then(|| "1".into());
+        vec![
+            // Messages are read by us.
+            ("LC_ALL", Some("C".into())),
+            ("GUESTFISH_PID", None),
+            ("GUESTFISH_INIT", None),
+            ("LIBGUESTFS_BACKEND", Some(self.backend.clone().into())),
+            ("LIBGUESTFS_BACKEND_SETTINGS", text(&self.backend_settings)),
+            ("LIBGUESTFS_MEMSIZE", number(self.memory_mib)),
+            ("LIBGUESTFS_SMP", number(self.cpus)),
+            ("LIBGUESTFS_CACHEDIR", path(&self.cache_dir)),
+            ("LIBGUESTFS_PATH", path(&self.appliance)),
+            ("LIBGUESTFS_HV", path(&self.hypervisor)),
+            ("LIBGUESTFS_DEBUG", flag(self.debug)),
+            ("LIBGUESTFS_TRACE", flag(self.trace)),
+        ]
+    }
+}
+
+/// As libguestfs reads a flag (guestfs(3)): `1`, `true`, `t`, `yes`, `y`, `on`.
+fn truth(value: &str) -> bool {
+    ["1", "true", "t", "yes", "y", "on"].iter().any(|word| word.eq_ignore_ascii_case(value.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_variables_count_and_empty_ones_do_not() {
+        let vars = |name: &str| match name {
+            "LIBGUESTFS_MEMSIZE" => Some("2048".into()),
+            "LIBGUESTFS_BACKEND_SETTINGS" => Some("force_tcg:gdb".into()),
+            "LIBGUESTFS_TRACE" => Some("1".into()),
+            "LIBGUESTFS_PATH" => Some(OsString::new()),
+            _ => None,
+        };
+        let settings = Settings::from_vars(vars);
+        assert_eq!((settings.memory_mib, settings.cpus), (Some(2048), None));
+        assert!(settings.forces_emulation() && settings.trace && !settings.debug);
+        assert_eq!((settings.backend.as_str(), settings.appliance), ("direct", None));
+    }
+}
