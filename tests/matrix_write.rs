@@ -228,7 +228,7 @@ fn levels_change_the_size_and_not_the_content() {
     let dir = dir.path();
     let Some(q) = Oracle::find(dir) else { return };
     std::fs::write(dir.join("in.raw"), disk(5, 8 << 20)).unwrap();
-    for (codec, levels) in [("zlib", ["1", "12"]), ("zstd", ["1", "19"])] {
+    for (codec, levels) in [("zlib", ["1", "12"]), ("zstd", ["-7", "22"])] {
         let size = levels.map(|level| {
             let o = format!("compression_type={codec}");
             let cmd = diskmill().cmd(["convert", "-c", "-f", "raw", "-O", "qcow2", "--level", level]);
@@ -238,6 +238,17 @@ fn levels_change_the_size_and_not_the_content() {
             std::fs::metadata(dir.join("out.qcow2")).unwrap().len()
         });
         assert!(size[1] < size[0], "{codec}: {size:?}");
+    }
+    for (codec, level, range) in [
+        ("zlib", "0", "1 to 12"),
+        ("zlib", "13", "1 to 12"),
+        ("zstd", "-8", "-7 to 22"),
+        ("zstd", "23", "-7 to 22"),
+    ] {
+        let o = format!("compression_type={codec}");
+        let cmd = diskmill().cmd(["convert", "-c", "-f", "raw", "-O", "qcow2", "--level", level, "-o", &o]);
+        let run = cmd.args(["in.raw", "refused.qcow2"]).dir(dir).fails(1);
+        run.says(&[&format!("{level} is not a level of {codec}"), range]);
     }
 }
 

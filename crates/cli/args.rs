@@ -1,6 +1,7 @@
 //! The command line as it is typed. Letters mean what they mean in qemu-img.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use diskmill::convert::{Reflink, TargetFormat};
@@ -17,11 +18,13 @@ Examples:
   diskmill map --output json disk.qcow2
   diskmill compare disk.qcow2 disk.raw";
 
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (codecs: deflate by libdeflate, zstd by libzstd)");
+/// What `--version` says behind the name.
+static VERSION: LazyLock<String> =
+    LazyLock::new(|| format!("{} (codecs: {})", env!("CARGO_PKG_VERSION"), diskmill::codec_engines()));
 
 /// Converts and examines disk images: raw, qcow2, VMDK and OVA.
 #[derive(Debug, Parser)]
-#[command(name = "diskmill", version = VERSION, before_help = EXAMPLES, max_term_width = 110)]
+#[command(name = "diskmill", version = VERSION.as_str(), before_help = EXAMPLES, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -89,7 +92,7 @@ pub(crate) struct ConvertArgs {
     #[arg(short = 'c', long)]
     pub(crate) compress: bool,
 
-    /// Level of the compression: 1 to 12 for zlib, 1 to 22 for zstd [default: fastest that is as small as qemu-img's]
+    /// Level of the compression: 1 to 12 for zlib, -7 to 22 for zstd [default: fastest that is as small as qemu-img's]
     #[arg(long, value_name = "N", requires = "compress", allow_negative_numbers = true)]
     pub(crate) level: Option<i32>,
 

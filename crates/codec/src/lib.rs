@@ -1,13 +1,18 @@
 //! Packing and unpacking one unit (a cluster or a grain) of a disk image, and the zero scan.
 //!
 //! One [`Packer`] and one [`Unpacker`] per thread: each keeps its codecs' contexts between units.
-//! Deflate is libdeflate's, zstd the reference implementation's; both are called on whole units, never as streams.
+//! Deflate is libdeflate's, zstd the reference implementation's; with the feature `pure-rust` they are zlib-rs's and
+//! libzstd-rs-sys's. All are called on whole units, never as streams.
 #![deny(unsafe_code)]
 
+#[cfg(not(any(feature = "libdeflate", feature = "pure-rust")))]
+compile_error!("diskmill-codec needs one of its features libdeflate (default) and pure-rust");
+
+mod deflate;
 mod fingerprint;
-mod inflate;
 mod pack;
 mod recode;
+mod shrink;
 mod unpack;
 mod zero;
 
@@ -18,6 +23,13 @@ pub use unpack::Unpacker;
 pub use zero::{Run, is_zero, runs};
 
 use std::fmt;
+
+/// The libraries behind the codecs, with their versions: "deflate by libdeflate 1.26, zstd by libzstd 1.5.7".
+#[must_use]
+pub fn engines() -> String {
+    let zstd = if cfg!(feature = "pure-rust") { "libzstd-rs-sys" } else { "libzstd" };
+    format!("deflate by {}, zstd by {zstd} {}", deflate::ENGINE, zstd_safe::version_string())
+}
 
 /// How a unit is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

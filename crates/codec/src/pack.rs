@@ -1,27 +1,33 @@
 use std::ops::RangeInclusive;
 
-use libdeflater::{CompressionLvl, Compressor};
 use zstd_safe::{CCtx, CParameter};
 
+use crate::deflate::{self, Deflate, LEVEL, LEVEL_WRAPPED, LEVELS};
+use crate::shrink::may_shrink;
 use crate::{Codec, Error};
+
+/// Zstd's levels from this one on take long over data that cannot be shrunk; those below see it quickly themselves.
+const ZSTD_SLOW: i32 = 5;
 
 /// The levels that a codec takes.
 #[must_use]
 pub fn level_range(codec: Codec) -> RangeInclusive<i32> {
     match codec {
-        Codec::Deflate | Codec::Zlib => 1..=12,
+        Codec::Deflate | Codec::Zlib => LEVELS,
         Codec::Zstd => -7..=zstd_safe::max_c_level(),
     }
 }
 
-/// The level that is used where the user names none: the fastest whose output is not larger than QEMU's.
+/// The level that is used where the user names none: the fastest whose output is not larger than QEMU's, on file
+/// systems full of real files (`docs/performance.md`).
 ///
-/// QEMU packs deflate with zlib's level 6 in a 4 KiB window, which libdeflate's level 1 beats, and zstd with
-/// that library's own default, 3.
+/// QEMU packs qcow2's deflate with zlib's level 6 in a 4 KiB window, VMDK's grains with the same level in the full
+/// window, and zstd with that library's own default, 3.
 #[must_use]
 pub const fn default_level(codec: Codec) -> i32 {
     match codec {
-        Codec::Deflate | Codec::Zlib => 1,
+        Codec::Deflate => LEVEL,
+        Codec::Zlib => LEVEL_WRAPPED,
         Codec::Zstd => 3,
     }
 }
@@ -30,8 +36,8 @@ pub const fn default_level(codec: Codec) -> i32 {
 pub struct Packer(Inner);
 
 enum Inner {
-    Deflate(Box<Compressor>, bool),
-    Zstd(Box<CCtx<'static>>),
+    Deflate { context: Box<Deflate>, wrapped: bool },
+    Zstd { context: Box<CCtx<'static>>, slow: bool },
 }
 
 impl Packer {
@@ -43,36 +49,40 @@ impl Packer {
         if !level_range(codec).contains(&level) {
             return Err(Error::Level(level));
         }
-        match codec {
+        let inner = match codec {
             Codec::Deflate | Codec::Zlib => {
-                let level = CompressionLvl::new(level).map_err(|_| Error::Level(level))?;
-                Ok(Self(Inner::Deflate(Box::new(Compressor::new(level)), codec == Codec::Zlib)))
+                let wrapped = codec == Codec::Zlib;
+                let context = Deflate::new(level, wrapped).ok_or(Error::Level(level))?;
+                Inner::Deflate { context: Box::new(context), wrapped }
             }
             Codec::Zstd => {
                 let mut context = CCtx::try_create()
                     .ok_or_else(|| Error::Codec("no memory for a zstd context".to_owned()))?;
                 context.set_parameter(CParameter::CompressionLevel(level)).map_err(zstd_error)?;
-                Ok(Self(Inner::Zstd(Box::new(context))))
+                Inner::Zstd { context: Box::new(context), slow: level >= ZSTD_SLOW }
             }
-        }
+        };
+        Ok(Self(inner))
     }
 
     /// Packs `unit` into `out`. `None` if the payload would not fit: the unit is better stored as it is.
+    ///
+    /// A unit that looks as if it cannot be shrunk is not really packed: there is no room for it in an `out` that is
+    /// smaller, and in a larger one it becomes stored blocks of deflate.
     ///
     /// # Errors
     /// [`Error::Codec`] if the codec fails for another reason than space.
     pub fn pack(&mut self, unit: &[u8], out: &mut [u8]) -> Result<Option<usize>, Error> {
         match &mut self.0 {
-            Inner::Deflate(compressor, wrapped) => {
-                let done = if *wrapped {
-                    compressor.zlib_compress(unit, out)
-                } else {
-                    compressor.deflate_compress(unit, out)
-                };
-                // Want of space is libdeflate's only error.
-                Ok(done.ok())
-            }
-            Inner::Zstd(context) => match context.compress2(out, unit) {
+            Inner::Deflate { context, wrapped } => Ok(if may_shrink(unit) {
+                context.run(unit, out)
+            } else if out.len() < unit.len() {
+                None
+            } else {
+                deflate::store(*wrapped, unit, out)
+            }),
+            Inner::Zstd { slow: true, .. } if out.len() < unit.len() && !may_shrink(unit) => Ok(None),
+            Inner::Zstd { context, .. } => match context.compress2(out, unit) {
                 Ok(len) => Ok(Some(len)),
                 Err(code) if zstd_safe::get_error_name(code).contains("too small") => Ok(None),
                 Err(code) => Err(zstd_error(code)),
@@ -134,6 +144,22 @@ mod tests {
             let mut packer = Packer::new(codec, default_level(codec)).unwrap();
             assert_eq!(packer.pack(&unit, &mut vec![0; unit.len() - 1]), Ok(None), "{codec:?}");
             assert!(packer.pack(&text(65_536), &mut vec![0; 65_535]).unwrap().is_some(), "usable afterwards");
+        }
+    }
+
+    #[test]
+    fn noise_becomes_stored_blocks_where_it_must_be_packed() {
+        for len in [512, 65_536, 1 << 20] {
+            let unit = noise(len);
+            for codec in [Codec::Deflate, Codec::Zlib] {
+                let mut out = vec![0; len + len / 64 + 64];
+                let mut packer = Packer::new(codec, default_level(codec)).unwrap();
+                let packed = packer.pack(&unit, &mut out).unwrap().unwrap();
+                assert!(packed < len + len / 512 + 16, "{codec:?} {len} {packed}");
+                let mut back = vec![0; len];
+                assert_eq!(Unpacker::new().unpack(codec, &out[..packed], &mut back), Ok(Some(packed)));
+                assert!(back == unit);
+            }
         }
     }
 }

@@ -1,8 +1,7 @@
 use crate::Codec;
+use crate::deflate::{Output, ZLIB_HEADER, adler32};
 
-/// The zlib header of a deflate stream with a window of up to 32 KiB (RFC 1950): CMF and FLG.
-const ZLIB_HEADER: [u8; 2] = [0x78, 0x9c];
-/// Bytes of the Adler-32 behind it.
+/// Bytes of the Adler-32 behind a deflate stream in its zlib wrapper.
 const ZLIB_TRAILER: usize = 4;
 
 /// Writes a payload packed with `from` as one packed with `to` into `out`, without packing anew: the payload as it is,
@@ -10,27 +9,21 @@ const ZLIB_TRAILER: usize = 4;
 ///
 /// Returns the length; `None` if the codecs have nothing in common, or `out` is too small.
 pub fn rewrap(from: Codec, to: Codec, payload: &[u8], unit: &[u8], out: &mut [u8]) -> Option<usize> {
-    let mut end = 0usize;
-    let mut put = |bytes: &[u8]| {
-        let next = end.checked_add(bytes.len())?;
-        out.get_mut(end..next)?.copy_from_slice(bytes);
-        end = next;
-        Some(())
-    };
+    let mut out = Output::new(out);
     match (from, to) {
-        (from, to) if from == to => put(payload)?,
+        (from, to) if from == to => out.put(payload)?,
         (Codec::Zlib, Codec::Deflate) => {
             let stream = payload.get(ZLIB_HEADER.len()..payload.len().checked_sub(ZLIB_TRAILER)?)?;
-            put(stream)?;
+            out.put(stream)?;
         }
         (Codec::Deflate, Codec::Zlib) => {
-            put(&ZLIB_HEADER)?;
-            put(payload)?;
-            put(&libdeflater::adler32(unit).to_be_bytes())?;
+            out.put(&ZLIB_HEADER)?;
+            out.put(payload)?;
+            out.put(&adler32(unit).to_be_bytes())?;
         }
         _ => return None,
     }
-    Some(end)
+    Some(out.len())
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 use flate2::{Decompress, FlushDecompress};
 use zstd_safe::DCtx;
 
-use crate::inflate::Inflate;
+use crate::deflate::Inflate;
 use crate::{Codec, Error};
 
 /// Unpacks units. Contexts are made when first needed.
@@ -43,8 +43,8 @@ impl Unpacker {
         match context.run(wrapped, packed, unit) {
             Some((used, got)) if got == unit.len() => Ok(Some(used)),
             Some((_, got)) => Err(Error::WrongLength { got, want: unit.len() }),
-            // QEMU takes a raw stream that fills the cluster without ending (`qcow2_zlib_decompress`); libdeflate
-            // does not. Rare, so the slower decoder looks at it only now.
+            // QEMU takes a raw stream that fills the cluster without ending (`qcow2_zlib_decompress`); our engines
+            // do not. Rare, so the slower decoder looks at it only now.
             None if !wrapped && fills(packed, unit) => Ok(None),
             None => Err(Error::Damaged("no valid deflate stream of the unit's length".to_owned())),
         }

@@ -34,6 +34,7 @@ mod size;
 mod tables;
 pub mod vmdk;
 
+pub use diskmill_codec::engines as codec_engines;
 pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
 pub use diskmill_io::{Allocation, EngineChoice, PipeReader, PipeWriter, unlink_all_pending};
@@ -45,5 +46,5 @@ pub use probe::Format;
 pub use reader::Reader;
 pub use size::parse_size;
 
-/// The version of this library, of its codecs and of what it was built with, for `--version`.
+/// The version of this library.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

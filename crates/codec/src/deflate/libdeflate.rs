@@ -1,7 +1,8 @@
-//! libdeflate's decompressor, by the one entry point that also tells where a stream ends: the safe crate does not
-//! wrap it. (`libdeflater` stays in use for packing, and brings the library in.)
+//! libdeflate. Packing goes through the safe crate; unpacking by the one entry point that also tells where a stream
+//! ends, which that crate does not wrap.
 #![allow(unsafe_code)]
 
+use std::ops::RangeInclusive;
 use std::ptr::NonNull;
 
 use libdeflate_sys::{
@@ -9,6 +10,41 @@ use libdeflate_sys::{
     libdeflate_free_decompressor, libdeflate_result_LIBDEFLATE_SUCCESS as SUCCESS,
     libdeflate_zlib_decompress_ex,
 };
+pub(crate) use libdeflater::adler32;
+use libdeflater::{CompressionLvl, Compressor};
+
+/// Name and version.
+pub(crate) const ENGINE: &str = "libdeflate 1.26";
+/// The levels it takes.
+pub(crate) const LEVELS: RangeInclusive<i32> = 1..=12;
+/// The fastest level whose output is not larger than that of zlib's level 6 with a window of 4 KiB.
+pub(crate) const LEVEL: i32 = 1;
+/// The same with the full window of 32 KiB.
+pub(crate) const LEVEL_WRAPPED: i32 = 6;
+
+/// A compressor's context.
+pub(crate) struct Deflate {
+    compressor: Compressor,
+    wrapped: bool,
+}
+
+impl Deflate {
+    /// A context for `level`, one of [`LEVELS`]; `None` for any other.
+    pub(crate) fn new(level: i32, wrapped: bool) -> Option<Self> {
+        let compressor = Compressor::new(CompressionLvl::new(level).ok()?);
+        Some(Self { compressor, wrapped })
+    }
+
+    /// Packs `unit` into `out`; `None` if it does not fit.
+    pub(crate) fn run(&mut self, unit: &[u8], out: &mut [u8]) -> Option<usize> {
+        // Want of space is libdeflate's only error.
+        if self.wrapped {
+            self.compressor.zlib_compress(unit, out).ok()
+        } else {
+            self.compressor.deflate_compress(unit, out).ok()
+        }
+    }
+}
 
 /// A decompressor's context.
 pub(crate) struct Inflate(NonNull<libdeflate_decompressor>);

@@ -143,8 +143,6 @@ pub(crate) struct Frame {
     pub(crate) lead: usize,
     /// A frame is filled up with zeros to a multiple of this.
     pub(crate) align: usize,
-    /// The codec's level where the user names none.
-    pub(crate) level: i32,
     /// Writes the lead of the unit at a guest offset, whose payload has so many bytes.
     pub(crate) fill: fn(guest: u64, len: u32, lead: &mut [u8]),
 }

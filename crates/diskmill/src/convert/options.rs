@@ -244,12 +244,11 @@ impl ConvertOptions {
 
     /// Codec and level of the output's units, tried once so that workers cannot fail to make it for its level.
     pub(super) fn packer(&self, assembler: &dyn Assembler) -> Result<Option<(Codec, i32)>> {
-        let frame = assembler.frame();
-        let always = frame.map(|_| Compression::default());
+        let always = assembler.frame().map(|_| Compression::default());
         let (Some(Compression { level }), Some(codec)) = (self.compress.or(always), assembler.codec()) else {
             return Ok(None);
         };
-        let level = level.unwrap_or(frame.map_or(default_level(codec), |frame| frame.level));
+        let level = level.unwrap_or(default_level(codec));
         Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
         Ok(Some((codec, level)))
     }

@@ -13,8 +13,6 @@ use crate::error::{Error, Kind, Result};
 
 const GRAIN: u64 = DEFAULT_GRAIN_SECTORS * SECTOR_BYTES;
 const TABLE_ENTRIES: u64 = MAX_GTES_PER_GT as u64;
-/// The fastest level of libdeflate whose output is not larger than that of QEMU's streams (zlib's level 6).
-const LEVEL: i32 = 6;
 
 /// Lays out a streamOptimized file front to back, as VMware's converter does: header and descriptor, grains with
 /// their markers, each grain table behind its grains, grain directory, footer, end-of-stream marker.
@@ -154,7 +152,7 @@ impl Assembler for StreamAssembler {
 
     fn frame(&self) -> Option<Frame> {
         let lead = marker::GRAIN_MARKER_BYTES as usize;
-        Some(Frame { lead, align: SECTOR_BYTES as usize, level: LEVEL, fill: fill_marker })
+        Some(Frame { lead, align: SECTOR_BYTES as usize, fill: fill_marker })
     }
 
     fn whole_units(&self) -> bool {
