@@ -43,6 +43,8 @@ pub(crate) enum Command {
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,
+    /// Serve an image over NBD
+    Serve(crate::serve::ServeArgs),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
     InstallQemuImg(InstallArgs),
 }

@@ -14,6 +14,7 @@ mod options;
 mod progress;
 mod qemu_img;
 mod secrets;
+mod serve;
 mod signals;
 mod size;
 mod snapshots;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
+        Command::Serve(args) => serve::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {
         if let Some(message) = &failure.message {

@@ -22,10 +22,7 @@ impl Watch {
     /// Lets signals cancel what `monitor` watches. `at_once`: a signal ends the program without waiting for the work to
     /// stop, which may hang in a pipe.
     pub(crate) fn start(monitor: &Arc<Monitor>, at_once: bool) -> io::Result<Self> {
-        let ignored = ignored_signals();
-        // `nohup` and shells that start a job in the background mean what they set.
-        let ours = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-        let mut signals = Signals::new(ours.chain([SIGUSR1]))?;
+        let mut signals = Signals::new(ending_signals().chain([SIGUSR1]))?;
         let watch = Self { handle: signals.handle(), received: Arc::default() };
         let (monitor, received) = (Arc::clone(monitor), Arc::clone(&watch.received));
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
@@ -44,6 +41,22 @@ impl Watch {
         Ok(watch)
     }
 
+    /// Calls `stop` at the first signal; the next one ends the program at once.
+    pub(crate) fn start_with(stop: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let mut signals = Signals::new(ending_signals())?;
+        let watch = Self { handle: signals.handle(), received: Arc::default() };
+        let received = Arc::clone(&watch.received);
+        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for signal in &mut signals {
+                if received.swap(signal, Relaxed) != 0 {
+                    std::process::exit(Exit::Signal(signal).code().into());
+                }
+                stop();
+            }
+        })?;
+        Ok(watch)
+    }
+
     /// The signal that came.
     pub(crate) fn received(&self) -> Option<i32> {
         Some(self.received.load(Relaxed)).filter(|&signal| signal != 0)
@@ -54,6 +67,12 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.handle.close();
     }
+}
+
+/// The signals that end us. `nohup` and shells that start a job in the background mean what they set.
+fn ending_signals() -> impl Iterator<Item = i32> {
+    let ignored = ignored_signals();
+    [SIGINT, SIGTERM, SIGHUP].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
 }
 
 /// The signals that the parent process set to be ignored, as a mask.

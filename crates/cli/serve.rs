@@ -1,0 +1,202 @@
+//! `diskmill serve`: an image as an NBD export.
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use diskmill::{Format, Image, OpenOptions};
+use diskmill_nbd::{Address, ImageExport, Server, Settings};
+use serde_json::json;
+
+use crate::args::{OpenArgs, snapshot_ref};
+use crate::exit::{Exit, Failure};
+use crate::json::qemu_style;
+use crate::names::shown;
+use crate::signals::Watch;
+
+const EXAMPLES: &str = "\
+Examples:
+  diskmill serve disk.vmdk --unix /run/user/1000/disk.sock
+  diskmill serve --port 10809 disk.qcow2
+  diskmill serve -l before-upgrade disk.qcow2 --unix old.sock &
+  nbdcopy 'nbd+unix:///?socket=old.sock' old.raw";
+
+const NOTES: &str = "\
+The disk is read-only for clients. It is served until a signal (Ctrl-C) comes; then the socket is removed. Exit codes:
+0 ended by SIGINT or SIGTERM, or after the last client; 1 error; 2 wrong usage.";
+
+#[derive(Debug, Args)]
+#[command(before_help = EXAMPLES, after_help = NOTES)]
+pub(crate) struct ServeArgs {
+    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    #[arg(short = 'f', long, value_name = "FMT")]
+    format: Option<Format>,
+
+    /// Listen at this Unix socket, made for the current user alone
+    #[arg(
+        short = 'k',
+        long,
+        visible_alias = "socket",
+        value_name = "SOCKET",
+        required_unless_present = "port"
+    )]
+    unix: Option<PathBuf>,
+
+    /// Listen at this TCP port; 0: any that is free. No password and no encryption: for loopback and trusted networks
+    #[arg(short = 'p', long, value_name = "PORT", conflicts_with = "unix")]
+    port: Option<u16>,
+
+    /// The address that the port is bound to
+    #[arg(short = 'b', long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), requires = "port")]
+    bind: IpAddr,
+
+    /// Serve an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, visible_alias = "load-snapshot", value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+
+    /// Clients may not write: the default
+    #[arg(short = 'r', long)]
+    read_only: bool,
+
+    /// Clients may write
+    #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
+    writable: bool,
+
+    /// Name of the export; clients get it by the empty name, too
+    #[arg(short = 'x', long, visible_alias = "export-name", value_name = "NAME", default_value = "")]
+    name: String,
+
+    /// Clients at once
+    #[arg(short = 'e', long, visible_alias = "shared", value_name = "N", default_value_t = 16,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    connections: u16,
+
+    /// Threads for each client [default: one for each CPU that may be used, 2 to 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: Option<u16>,
+
+    /// End after the last client has left
+    #[arg(long)]
+    exit_with_last_client: bool,
+
+    /// Go on after the last client has left: the default
+    #[arg(short = 't', long, conflicts_with = "exit_with_last_client")]
+    persistent: bool,
+
+    /// Write the process id into this file once clients can connect, and remove it at the end
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+
+    /// Bypass the page cache (O_DIRECT)
+    #[arg(long)]
+    direct: bool,
+
+    #[command(flatten)]
+    open: OpenArgs,
+
+    /// Print where the disk is served as one JSON object
+    #[arg(long)]
+    json: bool,
+
+    /// Say nothing but errors
+    #[arg(short = 'q', long)]
+    quiet: bool,
+
+    /// The image
+    file: PathBuf,
+}
+
+pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
+    if args.writable {
+        return Err(Failure::failed(
+            "serve --writable is not supported: clients can only read (convert the image and work on the copy)",
+        ));
+    }
+    let options = OpenOptions {
+        snapshot: args.snapshot.as_deref().map(snapshot_ref),
+        direct: args.direct,
+        ..args.open.options(args.format)
+    };
+    let image = Image::open(&args.file, &options)?;
+    if !args.quiet {
+        for warning in image.warnings() {
+            eprintln!("diskmill: warning: {}", shown(&warning));
+        }
+    }
+    let address = match (&args.unix, args.port) {
+        (Some(path), _) => Address::Unix(path.clone()),
+        (None, port) => Address::Tcp(SocketAddr::new(args.bind, port.unwrap_or_default())),
+    };
+    let quiet = args.quiet;
+    let mut settings = Settings {
+        export_name: args.name.clone(),
+        connections: args.connections.into(),
+        exit_with_last_client: args.exit_with_last_client,
+        log: Arc::new(move |message| {
+            if !quiet {
+                eprintln!("diskmill: {}", shown(message));
+            }
+        }),
+        ..Settings::default()
+    };
+    if let Some(threads) = args.threads {
+        settings.threads = threads.into();
+    }
+    let server = Server::bind(&address, settings)
+        .map_err(|error| Failure::failed(format!("cannot listen at {}: {error}", named(&address))))?;
+    let stopper = server.stopper();
+    let _watch = Watch::start_with(move || stopper.stop())?;
+    let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    announce(args, &server, &image)?;
+    server
+        .run(&ImageExport::new(image))
+        .map_err(|error| Failure::failed(format!("cannot go on serving: {error}")))?;
+    Ok(Exit::Done)
+}
+
+fn named(address: &Address) -> String {
+    match address {
+        Address::Unix(path) => format!("{path:?}"),
+        Address::Tcp(address) => address.to_string(),
+    }
+}
+
+/// Says where the disk is, for people and scripts: clients can connect from now on.
+fn announce(args: &ServeArgs, server: &Server, image: &Image) -> io::Result<()> {
+    let uri = server.uri();
+    let mut out = io::stdout().lock();
+    if args.json {
+        let facts = json!({
+            "uri": uri,
+            "format": image.info().format.to_string(),
+            "virtual-size": image.size(),
+            "read-only": true,
+            "pid": std::process::id(),
+        });
+        writeln!(out, "{}", qemu_style(&facts))?;
+    } else if !args.quiet {
+        writeln!(out, "{uri}")?;
+    }
+    out.flush()
+}
+
+/// A file with our process id, there for as long as this value.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn write(path: &Path) -> Result<Self, Failure> {
+        fs::write(path, format!("{}\n", std::process::id()))
+            .map_err(|error| Failure::failed(format!("cannot write the process id to {path:?}: {error}")))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Gone meanwhile is as good.
+        let _ = fs::remove_file(&self.0);
+    }
+}
