@@ -111,6 +111,7 @@ fn looking_prints_the_same() {
         "map packed.qcow2",
         "map a.raw --output=json -s 512k -l 1M",
         "map --output json a.vmdk",
+        "map --output json json:{\"driver\":\"raw\",\"offset\":65536,\"size\":131072,\"file\":{\"driver\":\"file\",\"filename\":\"a.raw\"}}",
         "compare base.qcow2 a.raw",
         "compare -f qcow2 -F vmdk base.qcow2 a.vmdk",
         "compare base.qcow2 top.qcow2",
@@ -177,6 +178,19 @@ fn mistakes_are_told_the_same() {
         "convert -O qcow2 -o ,help a.raw b",
         "convert -O qcow2 -o backing_file=a,,, a.raw b",
         "convert . b",
+        "dd if=a.raw",
+        "dd if=a.raw of=b bs=0",
+        "dd if=a.raw of=b count=-1",
+        "dd if=a.raw of=b conv=notrunc",
+        "dd if=nonexistent of=b",
+        "dd if=a.raw of=nonexistent/b",
+        "bench -c 10 -s 0 a.raw",
+        "bench -d 0 a.raw",
+        "bench -i foo a.raw",
+        "bench --flush-interval 2 a.raw",
+        "bench -w -d 4 --flush-interval 2 a.raw",
+        "map json:{\"driver\":\"raw\",\"offset\":65536000,\"file.filename\":\"a.raw\"}",
+        "map json:{\"driver\":\"raw\",\"size\":65536000,\"file.filename\":\"a.raw\"}",
     ] {
         pair.same(line);
     }
@@ -210,6 +224,20 @@ fn conversions_leave_the_same_disk() {
         ("convert a.raw a.raw -O qcow2 b.qcow2", "b.qcow2", "qcow2"),
         ("convert -W -m 16 -t none -T none -S 64k a.raw b.raw", "b.raw", "raw"),
         ("convert --salvage a.raw b.raw", "b.raw", "raw"),
+        (
+            "convert -O qcow2 json:{'driver':'null-co','size':1048576,'read-zeroes':true} b.qcow2",
+            "b.qcow2",
+            "qcow2",
+        ),
+        (
+            "convert json:{'driver':'raw','offset':1024,'size':65536,'file':{'driver':'file','filename':'a.raw'}} b.raw",
+            "b.raw",
+            "raw",
+        ),
+        ("dd if=base.qcow2 of=d.raw", "d.raw", "raw"),
+        ("dd -f qcow2 -O qcow2 bs=64k skip=3 count=7 if=top.qcow2 of=d.qcow2", "d.qcow2", "qcow2"),
+        ("dd bs=1M skip=50 if=a.raw of=d.raw", "d.raw", "raw"),
+        ("dd bs=513 count=1 if=a.raw of=d.raw", "d.raw", "raw"),
         ("convert --image-opts driver=qcow2,file.filename=top.qcow2 b.raw", "b.raw", "raw"),
     ] {
         pair.same(line);

@@ -7,11 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskmill::convert::{BadRange, Compression, ConvertOptions, Input, Monitor, Output};
-use diskmill::{Image, Kind, OpenOptions};
+use diskmill::{Kind, OpenOptions};
 
 use super::drivers::Driver;
 use super::getopt::Args;
 use super::node::{Context, Node, local_path};
+use super::object::Secrets;
 use super::opts::{Dict, join};
 use super::size::{number, size};
 use super::target::target_format;
@@ -89,10 +90,11 @@ impl Request {
         let mut request = Self { options, context, target };
         request.context.cache = cache_mode(args, "source-cache", "source cache")?;
         if request.options.create {
-            request.options.format = fresh(args, &format, lists.as_deref())?;
+            request.options.format = fresh(args, &format, lists.as_deref(), &request.context.secrets)?;
         } else {
             let driver = Driver::creating(&format).map_err(Fail::new)?;
-            request.options.format = target_format(driver, &Dict::default()).map_err(Fail::new)?;
+            request.options.format =
+                target_format(driver, &Dict::default(), &Secrets::default()).map_err(Fail::new)?;
         }
         Ok(Some(request))
     }
@@ -106,13 +108,12 @@ impl Request {
         for source in sources {
             let node = context.node(source)?;
             let open = OpenOptions { snapshot: snapshot.clone(), ..node.options() };
-            let image = Image::open(&node.path, &open).map_err(|error| match error.kind() {
+            images.push(node.open_or(&open, |error| match error.kind() {
                 Kind::Invalid if snapshot.is_some() => {
                     Fail::new("Failed to load snapshot: Can't find snapshot")
                 }
-                _ => node.cannot_open(&error),
-            })?;
-            images.push(image);
+                _ => node.cannot_open(error),
+            })?);
             nodes.push(node);
         }
         let path = match &target_context {
@@ -120,7 +121,8 @@ impl Request {
                 let node = context.node(target)?;
                 if let Some(format) = node.format {
                     let driver = Driver::creating(format.name()).map_err(Fail::new)?;
-                    options.format = target_format(driver, &Dict::default()).map_err(Fail::new)?;
+                    options.format =
+                        target_format(driver, &Dict::default(), &Secrets::default()).map_err(Fail::new)?;
                 }
                 node.path
             }
@@ -198,7 +200,12 @@ fn sparse_size(text: &str) -> Outcome<u64> {
 }
 
 /// The options of the image that is to be made.
-fn fresh(args: &Args, format: &str, lists: Option<&str>) -> Outcome<diskmill::convert::TargetFormat> {
+fn fresh(
+    args: &Args,
+    format: &str,
+    lists: Option<&str>,
+    secrets: &Secrets,
+) -> Outcome<diskmill::convert::TargetFormat> {
     let driver = Driver::creating(format).map_err(Fail::new)?;
     let mut dict = driver.check(&Dict::from_list(lists.unwrap_or_default())).map_err(Fail::new)?;
     for (option, name) in [("backing", "backing_file"), ("backing-format", "backing_fmt")] {
@@ -233,7 +240,7 @@ fn fresh(args: &Args, format: &str, lists: Option<&str>) -> Outcome<diskmill::co
         }
     }
     let name = args.operands.last().map(|name| name.to_string_lossy()).unwrap_or_default();
-    target_format(driver, &dict)
+    target_format(driver, &dict, secrets)
         .map_err(|reason| Fail::new(format!("{name}: error while converting {format}: {reason}")))
 }
 

@@ -54,6 +54,14 @@ pub(super) fn lock_message(lock: &str, path: &Path) -> String {
     format!("Failed to get {lock}\nIs another process using the image [{}]?", path.display())
 }
 
+/// Why the file `path` cannot be created.
+pub(super) fn cannot_create(error: &Error, path: &Path) -> String {
+    match error.os_error() {
+        Some(cause) => format!("Could not create '{}': {}", path.display(), system(cause)),
+        None => error.to_string(),
+    }
+}
+
 /// The reason of a failure while working on images that are open.
 pub(super) fn while_working(error: &Error) -> String {
     match (error.kind(), error.os_error()) {

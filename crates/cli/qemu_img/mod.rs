@@ -3,8 +3,10 @@
 //!
 //! Where texts or behaviour differ on purpose stands in `docs/qemu-img.md`.
 
+mod bench;
 mod compare;
 mod convert;
+mod dd;
 mod drivers;
 mod getopt;
 mod help;
@@ -69,8 +71,14 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 4] =
-    [("compare", compare::run), ("convert", convert::run), ("info", info::run), ("map", map::run)];
+const COMMANDS: [(&str, Run); 6] = [
+    ("bench", bench::run),
+    ("compare", compare::run),
+    ("convert", convert::run),
+    ("dd", dd::run),
+    ("info", info::run),
+    ("map", map::run),
+];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {

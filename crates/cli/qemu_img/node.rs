@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use diskmill::{Allow, Format, Image, OpenOptions, OpenPolicy};
+use diskmill::{Allow, Error, Format, Image, OpenOptions, OpenPolicy, Secret, parse_size};
 
 use super::getopt::Args;
 use super::object::Secrets;
@@ -96,11 +96,26 @@ pub(super) struct Node {
     pub(super) format: Option<Format>,
     pub(super) force_share: bool,
     pub(super) direct: bool,
+    /// The part of a raw image that is meant: its start, and its length if that is given.
+    window: Option<(u64, Option<u64>)>,
+    /// No file, but a disk of this many zeros.
+    zeros: Option<u64>,
+    /// Passphrases of the image and its backing files.
+    keys: Vec<Secret>,
 }
 
 impl Node {
     fn at(given: &OsStr, path: PathBuf) -> Self {
-        Self { given: given.to_owned(), path, format: None, force_share: false, direct: false }
+        Self {
+            given: given.to_owned(),
+            path,
+            format: None,
+            force_share: false,
+            direct: false,
+            window: None,
+            zeros: None,
+            keys: Vec::new(),
+        }
     }
 
     /// The image in the file `path`.
@@ -131,6 +146,9 @@ impl Node {
             node.format = Some(Format::Raw);
             return node.with_file(driver, dict);
         }
+        if driver.as_deref() == Some("null-co") {
+            return Self::of_zeros(given, dict);
+        }
         let format = driver.as_deref().map(format_named).transpose()?;
         if let Some(name) = dict.take("file") {
             return Err(no_such_node(&name));
@@ -155,22 +173,43 @@ impl Node {
         }
         let mut node = node.with_file(&protocol, file)?;
         node.take_generic(&mut dict);
-        if let Some(id) = dict.take("encrypt.key-secret") {
-            secrets.get(&id)?;
+        for name in ["encrypt.key-secret", "backing.encrypt.key-secret"] {
+            if let Some(id) = dict.take(name) {
+                node.keys.push(secrets.get(&id)?);
+            }
         }
         dict.take("encrypt.format");
+        if node.format == Some(Format::Raw) {
+            node.take_window(&mut dict)?;
+        }
         let known = |name: &&str| !(OF_QCOW2.contains(name) || name.starts_with("overlap-check"));
         if let Some(name) = dict.names().find(known) {
             let format = node.format.map_or("raw", Format::name);
-            return Err(
-                if matches!(name.split('.').next(), Some("backing" | "data-file" | "offset" | "size")) {
-                    format!("the option '{name}' is not supported")
-                } else {
-                    format!("Block format '{format}' does not support the option '{name}'")
-                },
-            );
+            return Err(if matches!(name.split('.').next(), Some("backing" | "data-file")) {
+                format!("the option '{name}' is not supported")
+            } else {
+                format!("Block format '{format}' does not support the option '{name}'")
+            });
         }
         Ok(node)
+    }
+
+    /// QEMU's null device, as far as it reads as zeros.
+    fn of_zeros(given: &OsStr, mut dict: Dict) -> Result<Self, String> {
+        let mut node = Self::at(given, PathBuf::from("null-co://"));
+        let size = dict.take("size").map_or(Ok(1 << 30), |text| {
+            parse_size(&text)
+                .map_err(|_| "Parameter 'size' expects a non-negative number below 2^64".to_owned())
+        })?;
+        if dict.take("read-zeroes").as_deref() != Some("on") {
+            return Err("a null-co node without read-zeroes is not supported".to_owned());
+        }
+        node.take_generic(&mut dict);
+        node.zeros = Some(size);
+        match dict.names().next() {
+            Some(name) => Err(format!("Block protocol 'null-co' doesn't support the option '{name}'")),
+            None => Ok(node),
+        }
     }
 
     /// Takes the options of the file itself.
@@ -184,6 +223,18 @@ impl Node {
             Some(name) => Err(format!("Block protocol '{protocol}' doesn't support the option '{name}'")),
             None => Ok(self),
         }
+    }
+
+    fn take_window(&mut self, dict: &mut Dict) -> Result<(), String> {
+        let mut size = |name: &str| match dict.take(name) {
+            Some(text) => parse_size(&text)
+                .map(Some)
+                .map_err(|_| format!("Parameter '{name}' expects a non-negative number below 2^64")),
+            None => Ok(None),
+        };
+        let (start, len) = (size("offset")?, size("size")?);
+        self.window = (start.is_some() || len.is_some()).then(|| (start.unwrap_or(0), len));
+        Ok(())
     }
 
     fn take_generic(&mut self, dict: &mut Dict) {
@@ -204,16 +255,38 @@ impl Node {
             policy: OpenPolicy { allow: Allow::Backing, paths: Vec::new() },
             force_share: self.force_share,
             direct: self.direct,
+            keys: self.keys.clone(),
             ..OpenOptions::default()
         }
     }
 
     pub(super) fn open(&self, options: &OpenOptions) -> Outcome<Image> {
-        Image::open(&self.path, options).map_err(|error| self.cannot_open(&error))
+        self.open_or(options, |error| self.cannot_open(error))
+    }
+
+    /// The same with other words for a failure.
+    pub(super) fn open_or(&self, options: &OpenOptions, failed: impl Fn(&Error) -> Fail) -> Outcome<Image> {
+        if let Some(size) = self.zeros {
+            return Ok(Image::zeros(size));
+        }
+        let image = Image::open(&self.path, options).map_err(|error| failed(&error))?;
+        let Some((start, len)) = self.window else { return Ok(image) };
+        let whole = image.size();
+        let refused = |reason: String| could_not_open(&self.given, &reason);
+        let left = whole.checked_sub(start).ok_or_else(|| {
+            refused(format!("Offset ({start}) cannot be greater than size of the containing file ({whole})"))
+        })?;
+        let len = len.unwrap_or(left);
+        image.into_window(start, len).map_err(|_| {
+            refused(format!(
+                "The sum of offset ({start}) and size ({len}) has to be smaller or equal to the  \
+                 actual size of the containing file ({whole})"
+            ))
+        })
     }
 
     /// The failure to open this image.
-    pub(super) fn cannot_open(&self, error: &diskmill::Error) -> Fail {
+    pub(super) fn cannot_open(&self, error: &Error) -> Fail {
         could_not_open(&self.given, &messages::cannot_open(error, &self.path, self.format))
     }
 

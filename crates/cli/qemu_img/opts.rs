@@ -39,7 +39,7 @@ impl Dict {
 
     /// Takes a JSON object.
     pub(super) fn from_json(text: &str) -> Result<Self, String> {
-        let value: Value = serde_json::from_str(text).map_err(|error| {
+        let value: Value = serde_json::from_str(&double_quoted(text)).map_err(|error| {
             let what = if error.is_eof() { "premature EOI".to_owned() } else { error.to_string() };
             format!("Could not parse the JSON options: JSON parse error, {what}")
         })?;
@@ -103,6 +103,32 @@ impl Dict {
     }
 }
 
+/// QEMU's JSON may have its strings in single quotes.
+fn double_quoted(text: &str) -> String {
+    let mut out = String::new();
+    let mut quote = None;
+    let mut chars = text.chars();
+    while let Some(char) = chars.next() {
+        match (char, quote) {
+            ('\\', Some(_)) => match chars.next() {
+                Some('\'') => out.push('\''),
+                next => out.extend(std::iter::once('\\').chain(next)),
+            },
+            ('\'' | '"', None) => {
+                quote = Some(char);
+                out.push('"');
+            }
+            (_, Some(end)) if char == end => {
+                quote = None;
+                out.push('"');
+            }
+            ('"', Some(_)) => out.push_str("\\\""),
+            _ => out.push(char),
+        }
+    }
+    out
+}
+
 /// Joins the `-o` options of a command line: a list that begins with a comma, or ends inside an escaped one, would
 /// change its meaning when it is joined.
 pub(super) fn join<'a>(lists: impl Iterator<Item = &'a std::ffi::OsStr>) -> Outcome<Option<String>> {
@@ -141,6 +167,13 @@ mod tests {
         let file = dict.take_nested("file").unwrap();
         assert_eq!(file.get("filename"), Some("a"));
         assert!(dict.take_nested("file").is_none());
+    }
+
+    #[test]
+    fn json_may_have_single_quotes() {
+        let dict = Dict::from_json(r#"{'a': 'b"c', "d": 'it\'s', 'e\n': "'"}"#).unwrap();
+        let pairs: Vec<_> = dict.iter().collect();
+        assert_eq!(pairs, [("a", "b\"c"), ("d", "it's"), ("e\n", "'")]);
     }
 
     #[test]

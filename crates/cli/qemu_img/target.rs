@@ -3,10 +3,11 @@
 use diskmill::convert::TargetFormat;
 
 use super::drivers::Driver;
+use super::object::Secrets;
 use super::opts::Dict;
 
 /// The library's options for a fresh image of this format. `dict` has been checked by its driver.
-pub(super) fn target_format(driver: Driver, dict: &Dict) -> Result<TargetFormat, String> {
+pub(super) fn target_format(driver: Driver, dict: &Dict, secrets: &Secrets) -> Result<TargetFormat, String> {
     match driver.name {
         "qcow2" => check_qcow2(dict)?,
         "vmdk" => check_vmdk(dict)?,
@@ -28,6 +29,12 @@ pub(super) fn target_format(driver: Driver, dict: &Dict) -> Result<TargetFormat,
             check_raw_preallocation(value)?;
         }
         format.set(name, value).map_err(|error| error.to_string())?;
+    }
+    if let TargetFormat::Qcow2(qcow2) = &mut format
+        && let Some(luks) = &mut qcow2.encryption
+    {
+        let id = luks.key_secret.as_ref().ok_or("Parameter 'encrypt.key-secret' is required for cipher")?;
+        luks.key = Some(secrets.get(id)?);
     }
     // QEMU's VMDKs have an IDE adapter unless the user says otherwise.
     if let (TargetFormat::Vmdk(vmdk), None) = (&mut format, dict.get("adapter_type")) {

@@ -20,7 +20,7 @@ use crate::layout::{
 use crate::policy::{Allow, EXTENT, OpenPolicy};
 use crate::probe::{Format, PROBE_BYTES};
 use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy};
-use crate::raw::RawLayout;
+use crate::raw::{RawLayout, ZeroLayout};
 use crate::reader::{Reader, read_full};
 use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
 
@@ -102,8 +102,28 @@ impl Layer {
 pub struct Image {
     layers: Vec<Layer>,
     files: Vec<ImageFile>,
+    /// The part of the disk that is shown, if not all of it.
+    window: Option<Window>,
     /// Released when the image is dropped.
     _locks: Vec<ImageLock>,
+}
+
+/// A part of a disk: from `start` on `len` bytes, and then zeros up to whole sectors.
+struct Window {
+    start: u64,
+    len: u64,
+}
+
+impl Window {
+    fn size(&self) -> u64 {
+        self.len.next_multiple_of(512)
+    }
+
+    /// The source bytes in `at..at + max`, given as their start in the disk and how many; `None` behind them.
+    fn find(&self, at: u64, max: u64) -> Option<(u64, u64)> {
+        let left = self.len.checked_sub(at).filter(|&left| left > 0)?;
+        Some((self.start.saturating_add(at), left.min(max)))
+    }
 }
 
 impl Image {
@@ -136,10 +156,33 @@ impl Image {
         Ok(opener.image)
     }
 
+    /// A disk of `size` zero bytes, made of nothing.
+    #[must_use]
+    pub fn zeros(size: u64) -> Self {
+        let layer =
+            Layer { layout: Box::new(ZeroLayout::new(size)), path: PathBuf::new(), last: Mutex::new(None) };
+        Self { layers: vec![layer], files: Vec::new(), window: None, _locks: Vec::new() }
+    }
+
     /// Size of the disk that the guest sees, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.info().virtual_size
+        self.window.as_ref().map_or(self.info().virtual_size, Window::size)
+    }
+
+    /// Shows only `len` bytes of the disk, from `start` on: its new first byte. Where that ends inside a sector of 512
+    /// bytes, zeros fill it up. [`Image::info`] tells of the whole disk as before.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if the range reaches past the end of the disk.
+    pub fn into_window(mut self, start: u64, len: u64) -> Result<Self> {
+        if start.checked_add(len).is_none_or(|end| end > self.size()) || self.window.is_some() {
+            return Err(Error::invalid(format!(
+                "{len} bytes from {start} on reach past the end of the disk"
+            )));
+        }
+        self.window = Some(Window { start, len });
+        Ok(self)
     }
 
     /// Facts about the image itself.
@@ -180,7 +223,19 @@ impl Image {
                 len: max.max(1),
             });
         };
-        let mut len = max.min(left);
+        let max = max.min(left);
+        let Some(window) = &self.window else { return self.map_whole(at, max) };
+        let Some((inside, len)) = window.find(at, max) else {
+            let guest = at..at + max;
+            return Ok(Extent { guest, source: Source::Zero, depth: 0, present: true, zero_host: None });
+        };
+        let extent = self.map_whole(inside, len)?;
+        Ok(Extent { guest: at..at + (extent.guest.end - extent.guest.start), ..extent })
+    }
+
+    /// [`Image::map`] of the whole disk, for a run that lies in it.
+    fn map_whole(&self, at: u64, max: u64) -> Result<Extent, MapError> {
+        let mut len = max;
         for (depth, layer) in (0u16..).zip(&self.layers) {
             let found = layer.map(at, len)?;
             len = len.min(found.len);
@@ -274,7 +329,7 @@ struct Opener<'a> {
 
 impl<'a> Opener<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        let image = Image { layers: Vec::new(), files: Vec::new(), _locks: Vec::new() };
+        let image = Image { layers: Vec::new(), files: Vec::new(), window: None, _locks: Vec::new() };
         Self { options, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
     }
 

@@ -59,6 +59,20 @@ impl FileRuns {
     }
 }
 
+fn info(virtual_size: u64) -> ImageInfo {
+    ImageInfo {
+        format: Format::Raw,
+        virtual_size,
+        cluster_size: None,
+        packed_unit: 0,
+        backing_name: None,
+        backing_path: None,
+        backing_format: None,
+        warnings: Vec::new(),
+        specific: FormatInfo::Raw,
+    }
+}
+
 impl RawLayout {
     pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
         let runs = FileRuns::new(file, file_id)?;
@@ -68,18 +82,7 @@ impl RawLayout {
             .checked_next_multiple_of(512)
             .filter(|&size| size <= i64::MAX as u64)
             .ok_or_else(|| Error::invalid("the file is larger than a disk can be"))?;
-        let info = ImageInfo {
-            format: Format::Raw,
-            virtual_size,
-            cluster_size: None,
-            packed_unit: 0,
-            backing_name: None,
-            backing_path: None,
-            backing_format: None,
-            warnings: Vec::new(),
-            specific: FormatInfo::Raw,
-        };
-        Ok(Self { info, runs })
+        Ok(Self { info: info(virtual_size), runs })
     }
 }
 
@@ -93,5 +96,24 @@ impl Layout for RawLayout {
         let zeros = LayerSource::Zero(Some((self.runs.file_id, HostOffset(at.get()))));
         let past_end = LayerExtent { len: max, source: zeros };
         Ok(self.runs.map(at.get(), max)?.unwrap_or(past_end))
+    }
+}
+
+/// Zeros that stand in no file.
+pub(crate) struct ZeroLayout(ImageInfo);
+
+impl ZeroLayout {
+    pub(crate) fn new(size: u64) -> Self {
+        Self(info(size))
+    }
+}
+
+impl Layout for ZeroLayout {
+    fn info(&self) -> &ImageInfo {
+        &self.0
+    }
+
+    fn map(&self, _: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
+        Ok(LayerExtent { len: max, source: LayerSource::Zero(None) })
     }
 }
