@@ -263,7 +263,7 @@ impl Header {
 
 fn push_text(out: &mut Vec<u8>, text: &str, room: usize) {
     let end = out.len() + room;
-    out.extend(text.bytes().take(room - 1));
+    out.extend(text.bytes().take(room));
     out.resize(end, 0);
 }
 
@@ -319,11 +319,11 @@ impl<'a> Fields<'a> {
         Ok(u32::from_be_bytes(self.array()?))
     }
 
-    /// Text that a zero byte ends.
+    /// ASCII text that a zero byte ends; `?` stands for all other bytes.
     fn text(&mut self, len: usize) -> Result<String, CryptError> {
         let field = self.take(len)?;
         let text = field.split(|&byte| byte == 0).next().unwrap_or_default();
-        Ok(String::from_utf8_lossy(text).into_owned())
+        Ok(text.iter().map(|&byte| if byte.is_ascii() { char::from(byte) } else { '?' }).collect())
     }
 
     fn slot(&mut self, index: usize) -> Result<KeySlot, CryptError> {

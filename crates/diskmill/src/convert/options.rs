@@ -253,6 +253,10 @@ impl ConvertOptions {
         Ok(Some((codec, level)))
     }
 
+    fn encrypts(&self) -> bool {
+        matches!(&self.format, TargetFormat::Qcow2(Qcow2Options { encryption: Some(_), .. }))
+    }
+
     /// What stands against moving plain data without looking at it.
     pub(super) fn must_look(&self) -> Option<&'static str> {
         let preallocation = match &self.format {
@@ -264,6 +268,7 @@ impl ConvertOptions {
             Preallocation::Falloc | Preallocation::Full => Some("preallocation"),
             _ if self.granule() == 0 => Some("a sparse size of 0"),
             _ if self.salvage => Some("salvage"),
+            _ if self.encrypts() => Some("encryption"),
             _ => None,
         }
     }
