@@ -9,6 +9,8 @@ use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, Secret, Sna
 
 use crate::secrets::{self, SecretObject};
 
+use crate::fs::args::FsArgs;
+
 const EXAMPLES: &str = "\
 Examples:
   diskmill convert disk.qcow2 disk.raw
@@ -40,6 +42,8 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Tell whether two images show the guest the same bytes
     Compare(CompareArgs),
+    /// Look into images and change them: files, packages, partitions, registry
+    Fs(Box<FsArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,

@@ -25,6 +25,8 @@ pub(crate) enum Exit {
     CannotMap,
     /// `compare`: an image cannot be read.
     CannotRead,
+    /// `fs run` and `fs script`: the code of the command that ran.
+    Command(u8),
     /// Ended by this signal.
     Signal(i32),
 }
@@ -38,6 +40,7 @@ impl Exit {
             Self::Usage | Self::CannotOpen => 2,
             Self::BadRanges | Self::CannotMap => 3,
             Self::CannotRead => 4,
+            Self::Command(code) => code,
             // As shells report a program that a signal ended.
             Self::Signal(signal) => 128 | (signal & 0x7f) as u8,
         }
@@ -64,6 +67,14 @@ impl Failure {
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self { exit: Exit::Usage, message: Some(message.into()) }
+    }
+
+    /// The same failure, said of `what`.
+    pub(crate) fn of(mut self, what: &str) -> Self {
+        if let Some(message) = &mut self.message {
+            *message = format!("{what}: {message}");
+        }
+        self
     }
 
     /// The same failure with the code `exit`, unless a signal or a closed pipe is the cause.

@@ -5,6 +5,7 @@ mod args;
 mod compare;
 mod convert;
 mod exit;
+mod fs;
 mod info;
 mod install;
 mod json;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Fs(args) => fs::run(*args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
         Command::Serve(args) => serve::run(&args),

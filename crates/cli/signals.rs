@@ -76,7 +76,7 @@ fn ending_signals() -> impl Iterator<Item = i32> {
 }
 
 /// The signals that the parent process set to be ignored, as a mask.
-fn ignored_signals() -> u64 {
+pub(crate) fn ignored_signals() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)

@@ -1,0 +1,449 @@
+//! Copying between host and guest: `get`, `put`, `tar-out`, `tar-in`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use diskmill_guestfs::Command;
+use serde_json::json;
+
+use super::args::{FileType, GetArgs, PutArgs, TarInArgs, TarOutArgs};
+use super::extract::{Keep, Unpacked, unpack};
+use super::guest::{Access, Guest};
+use super::meta::Meta;
+use super::name::{base, guest_path, join, shown};
+use super::output::print_json;
+use super::pack::{Owner, Packed, open_regular, pack};
+use crate::exit::{Exit, Failure};
+
+pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
+    let Some((target, paths)) = args.paths.split_last() else {
+        return Err(Failure::usage("get takes at least one PATH and a TARGET"));
+    };
+    let target = Path::new(target);
+    let to_stdout = target == Path::new("-");
+    if to_stdout && args.guest.image.json {
+        return Err(Failure::usage(
+            "--json and a TARGET on standard output (-) exclude each other: both want it",
+        ));
+    }
+    let into_folder = target.is_dir() && !to_stdout;
+    if !into_folder && paths.len() > 1 {
+        return Err(Failure::usage(format!("{target:?} is no folder: several files need one")));
+    }
+    let keep = Keep { owners: args.archive, existing: args.force };
+    let mut guest = Guest::mounted(&args.guest, Access::Read)?;
+    let mut done = Unpacked::default();
+    for path in paths {
+        let path = guest_path(path);
+        // What is named follows links, what is below does not.
+        let meta = guest.stat(&path)?;
+        let to = if into_folder { target.join(host_name(&path)?) } else { target.to_owned() };
+        match meta.kind() {
+            Some(FileType::Folder) if to_stdout => {
+                return Err(Failure::usage(format!(
+                    "{} is a folder: tar-out writes it as a stream",
+                    shown(&path)
+                )));
+            }
+            Some(FileType::Folder) => done.add(&get_tree(&mut guest, &path, &to, keep)?),
+            Some(FileType::File) if to_stdout => {
+                done.bytes = done.bytes.saturating_add(guest.download(&path, &mut io::stdout())?);
+                done.files += 1;
+            }
+            Some(FileType::File) => done.add(&get_file(&mut guest, &path, &meta, &to, keep)?),
+            _ => return Err(Failure::failed(format!("{} is neither a file nor a folder", shown(&path)))),
+        }
+    }
+    guest.finish()?;
+    if done.left_out > 0 && !args.guest.image.quiet {
+        eprintln!("diskmill: {} device nodes, FIFOs and sockets were left out", done.left_out);
+    }
+    if args.guest.image.json {
+        return print_json(&json!({
+            "files": done.files,
+            "directories": done.folders,
+            "links": done.links,
+            "bytes": done.bytes,
+            "left-out": done.left_out,
+        }));
+    }
+    Ok(Exit::Done)
+}
+
+/// The name on the host of what stands at `path` in the guest.
+fn host_name(path: &[u8]) -> Result<&OsStr, Failure> {
+    match base(path) {
+        b"" | b".." => {
+            Err(Failure::failed(format!("{} has no name of its own: give the TARGET a new one", shown(path))))
+        }
+        name => Ok(OsStr::from_bytes(name)),
+    }
+}
+
+fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) -> Result<Unpacked, Failure> {
+    let failed = |error: io::Error| host_failure(to, &error);
+    // Under a name of its own until it is whole.
+    let folder = to.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new().prefix(".diskmill-").tempfile_in(folder).map_err(failed)?;
+    let bytes = guest.download(path, &mut file)?;
+    if keep.owners {
+        fchown(&file, Some(meta.user), Some(meta.group)).map_err(failed)?;
+    }
+    let mode = meta.permissions() & if keep.owners { 0o7777 } else { 0o777 };
+    file.as_file().set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
+    let time = system_time(meta.modified.seconds, meta.modified.nanos);
+    file.as_file().set_modified(time).map_err(failed)?;
+    let placed =
+        if keep.existing { file.persist(to).map(drop) } else { file.persist_noclobber(to).map(drop) };
+    placed.map_err(|error| exists(to, &error.error))?;
+    Ok(Unpacked { files: 1, bytes, ..Unpacked::default() })
+}
+
+fn system_time(seconds: i64, nanos: i64) -> std::time::SystemTime {
+    let length = |seconds: u64| std::time::Duration::new(seconds, nanos.clamp(0, 999_999_999) as u32);
+    let epoch = std::time::UNIX_EPOCH;
+    let time = match u64::try_from(seconds) {
+        Ok(seconds) => epoch.checked_add(length(seconds)),
+        Err(_) => epoch.checked_sub(std::time::Duration::from_secs(seconds.unsigned_abs())),
+    };
+    time.unwrap_or(epoch)
+}
+
+fn get_tree(guest: &mut Guest, path: &[u8], to: &Path, keep: Keep) -> Result<Unpacked, Failure> {
+    match fs::DirBuilder::new().create(to) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && keep.existing => {}
+        made => made.map_err(|error| exists(to, &error))?,
+    }
+    let (reader, mut writer) = pipe()?;
+    let command = Command::new("tar-out").arg(path).output().opt("numericowner", "true");
+    thread::scope(|scope| {
+        let unpacking = scope.spawn(move || {
+            let mut reader = reader;
+            let result = unpack(&mut reader, to, keep);
+            if result.is_ok() {
+                // Padding at the end of the archive.
+                let _ = io::copy(&mut reader, &mut io::sink());
+            }
+            result
+        });
+        let sent = guest.send(&command, None, &mut writer);
+        drop(writer);
+        let unpacked = unpacking.join().unwrap_or_else(|_| Err(io::Error::other("unpacking panicked")));
+        // An error while unpacking closes the pipe, which the sender then complains of.
+        let unpacked = unpacked.map_err(|error| host_failure(to, &error))?;
+        sent.map(|()| unpacked)
+    })
+}
+
+impl Unpacked {
+    fn add(&mut self, other: &Self) {
+        self.files = self.files.saturating_add(other.files);
+        self.folders = self.folders.saturating_add(other.folders);
+        self.links = self.links.saturating_add(other.links);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.left_out = self.left_out.saturating_add(other.left_out);
+    }
+}
+
+pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
+    let Some((target, sources)) = args.paths.split_last() else {
+        return Err(Failure::usage("put takes at least one file of the host and a path in the image"));
+    };
+    // Looked at before the appliance is started.
+    let mut metas = Vec::new();
+    for source in sources {
+        let path = Path::new(source);
+        metas.push(if path == Path::new("-") {
+            None
+        } else {
+            Some(fs::metadata(path).map_err(|error| host_failure(path, &error))?)
+        });
+    }
+    let mut guest = Guest::mounted(&args.guest, Access::Write)?;
+    let target = guest_path(target);
+    let there = guest.lstat_if_there(&target)?;
+    let into_folder = match there {
+        Some(meta) if meta.is(FileType::Link) => guest.stat(&target)?.is(FileType::Folder),
+        Some(meta) => meta.is(FileType::Folder),
+        None => false,
+    };
+    if !into_folder && sources.len() > 1 {
+        return Err(Failure::failed(format!(
+            "{} is no folder in the image: several files need one",
+            shown(&target)
+        )));
+    }
+    let mut done = Packed::default();
+    for (source, meta) in sources.iter().zip(&metas) {
+        let source = Path::new(source);
+        let to = match (into_folder, meta) {
+            (true, None) => {
+                return Err(Failure::usage("standard input needs a name in the image, not a folder"));
+            }
+            (true, Some(_)) => join(&target, source_name(source)?.as_bytes()),
+            (false, _) => target.clone(),
+        };
+        match meta {
+            Some(meta) if meta.is_dir() => done.add(&put_tree(&mut guest, source, &to, args)?),
+            _ => done.add(&put_file(&mut guest, source, meta.as_ref(), &to, args)?),
+        }
+    }
+    guest.finish()?;
+    if done.left_out > 0 && !args.guest.image.quiet {
+        eprintln!("diskmill: {} device nodes, FIFOs and sockets were left out", done.left_out);
+    }
+    if args.guest.image.json {
+        return print_json(&json!({
+            "files": done.files,
+            "directories": done.folders,
+            "links": done.links,
+            "bytes": done.bytes,
+            "left-out": done.left_out,
+        }));
+    }
+    Ok(Exit::Done)
+}
+
+/// The last part of a path of the host, also for `.` and `dir/..`.
+fn source_name(source: &Path) -> Result<OsString, Failure> {
+    if let Some(name) = source.file_name() {
+        return Ok(name.to_owned());
+    }
+    let full = fs::canonicalize(source).map_err(|error| host_failure(source, &error))?;
+    let name = full.file_name().map(OsStr::to_owned);
+    name.ok_or_else(|| Failure::failed(format!("{source:?} has no name of its own")))
+}
+
+fn put_file(
+    guest: &mut Guest,
+    source: &Path,
+    meta: Option<&fs::Metadata>,
+    to: &[u8],
+    args: &PutArgs,
+) -> Result<Packed, Failure> {
+    let failed = |error: io::Error| host_failure(source, &error);
+    let mut input: Box<dyn Read> = match meta {
+        None => Box::new(io::stdin().lock()),
+        // Links were followed: what they lead to is opened.
+        Some(_) => {
+            let real = fs::canonicalize(source).map_err(failed)?;
+            Box::new(open_regular(&real).map_err(failed)?)
+        }
+    };
+    let mut counted = Counted { inner: &mut *input, bytes: 0 };
+    guest.upload(&mut counted, to)?;
+    let bytes = counted.bytes;
+    let mode = args.mode.or(meta.map(|meta| meta.mode() & 0o7777)).unwrap_or(0o644);
+    let (user, group) = match (args.owner, meta) {
+        (Owner::Ids { user, group }, _) => (user, group),
+        (owner, Some(meta)) => owner.of(meta),
+        (Owner::Kept, None) => (0, 0),
+    };
+    guest.chown(to, user, group)?;
+    guest.chmod(to, mode)?;
+    if let Some(meta) = meta {
+        guest.set_modified(to, meta.mtime(), meta.mtime_nsec())?;
+    }
+    Ok(Packed { files: 1, bytes, ..Packed::default() })
+}
+
+struct Counted<'r> {
+    inner: &'r mut dyn Read,
+    bytes: u64,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = self.inner.read(buf)?;
+        self.bytes = self.bytes.saturating_add(len as u64);
+        Ok(len)
+    }
+}
+
+fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Result<Packed, Failure> {
+    if guest.lstat_if_there(to)?.is_none() {
+        guest.call(Command::new("mkdir").arg(to))?;
+    }
+    let (mut reader, writer) = pipe()?;
+    let (owner, mode) = (args.owner, args.mode);
+    let command = Command::new("tar-in").input().arg(to);
+    thread::scope(|scope| {
+        let packing = scope
+            .spawn(move || pack(source, b".", owner, mode, io::BufWriter::with_capacity(256 << 10, writer)));
+        let sent = guest.send(&command, Some(&mut reader), &mut io::sink());
+        drop(reader);
+        let packed = packing.join().unwrap_or_else(|_| Err(io::Error::other("packing panicked")));
+        match (packed, sent) {
+            (Ok(packed), Ok(())) => Ok(packed),
+            // The guest's error closes the pipe, which is no news then.
+            (Err(error), Err(failure)) if error.kind() == io::ErrorKind::BrokenPipe => Err(failure),
+            (Err(error), _) => Err(host_failure(source, &error)),
+            (Ok(_), Err(failure)) => Err(failure),
+        }
+    })
+}
+
+impl Packed {
+    fn add(&mut self, other: &Self) {
+        self.files = self.files.saturating_add(other.files);
+        self.folders = self.folders.saturating_add(other.folders);
+        self.links = self.links.saturating_add(other.links);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.left_out = self.left_out.saturating_add(other.left_out);
+    }
+}
+
+pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
+    let to_stdout = args.archive == Path::new("-");
+    if to_stdout && args.guest.image.json {
+        return Err(Failure::usage(
+            "--json and an archive on standard output (-) exclude each other: both want it",
+        ));
+    }
+    let mut guest = Guest::mounted(&args.guest, Access::Read)?;
+    let folder = guest_path(&args.folder);
+    let mut command = Command::new("tar-out").arg(&folder).output().opt("numericowner", "true");
+    if let Some(compress) = args.compress {
+        command = command.opt("compress", compress.name());
+    }
+    if args.xattrs {
+        for key in ["xattrs", "selinux", "acls"] {
+            command = command.opt(key, "true");
+        }
+    }
+    let bytes = if to_stdout {
+        let mut out = CountedWriter { inner: io::stdout(), bytes: 0 };
+        guest.send(&command, None, &mut out)?;
+        out.flush()?;
+        out.bytes
+    } else {
+        let failed = |error: io::Error| host_failure(&args.archive, &error);
+        let folder =
+            args.archive.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        let file =
+            builder.prefix(".diskmill-").permissions(fs::Permissions::from_mode(0o666)).tempfile_in(folder);
+        let mut out = CountedWriter { inner: file.map_err(failed)?, bytes: 0 };
+        guest.send(&command, None, &mut out)?;
+        out.inner.persist(&args.archive).map_err(|error| failed(error.error))?;
+        out.bytes
+    };
+    guest.finish()?;
+    if args.guest.image.json {
+        return print_json(&json!({ "archive": args.archive.to_string_lossy(), "bytes": bytes }));
+    }
+    Ok(Exit::Done)
+}
+
+struct CountedWriter<W> {
+    inner: W,
+    bytes: u64,
+}
+
+impl<W: Write> Write for CountedWriter<W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let len = self.inner.write(buf)?;
+        self.bytes = self.bytes.saturating_add(len as u64);
+        Ok(len)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+pub(crate) fn tar_in(args: &TarInArgs) -> Result<Exit, Failure> {
+    let mut input: Box<dyn Read> = if args.archive == Path::new("-") {
+        Box::new(io::stdin().lock())
+    } else {
+        Box::new(File::open(&args.archive).map_err(|error| host_failure(&args.archive, &error))?)
+    };
+    let mut guest = Guest::mounted(&args.guest, Access::Write)?;
+    let folder = guest_path(&args.folder);
+    let mut command = Command::new("tar-in").input().arg(&folder);
+    if let Some(compress) = args.compress {
+        command = command.opt("compress", compress.name());
+    }
+    if args.xattrs {
+        for key in ["xattrs", "selinux", "acls"] {
+            command = command.opt(key, "true");
+        }
+    }
+    let mut counted = Counted { inner: &mut *input, bytes: 0 };
+    guest.send(&command, Some(&mut counted), &mut io::sink())?;
+    let bytes = counted.bytes;
+    guest.finish()?;
+    if args.guest.image.json {
+        return print_json(&json!({ "archive": args.archive.to_string_lossy(), "bytes": bytes }));
+    }
+    Ok(Exit::Done)
+}
+
+fn pipe() -> Result<(io::PipeReader, io::PipeWriter), Failure> {
+    io::pipe().map_err(|error| Failure::failed(format!("cannot make a pipe: {error}")))
+}
+
+/// An error of the host's file system.
+pub(crate) fn host_failure(path: &Path, error: &io::Error) -> Failure {
+    Failure::failed(format!("{path:?}: {error}"))
+}
+
+fn exists(path: &Path, error: &io::Error) -> Failure {
+    if error.kind() == io::ErrorKind::AlreadyExists {
+        return Failure::failed(format!("{path:?} exists already; --force replaces files"));
+    }
+    host_failure(path, error)
+}
+
+/// A private file of the host with the guest's content, for tools that work on files. Removed when dropped.
+pub(crate) struct LocalCopy {
+    folder: tempfile::TempDir,
+    name: OsString,
+}
+
+impl LocalCopy {
+    /// Copies the file at `path` out of the guest.
+    pub(crate) fn fetch(guest: &mut Guest, path: &[u8]) -> Result<Self, Failure> {
+        let folder = tempfile::Builder::new().prefix("diskmill-").tempdir();
+        let folder =
+            folder.map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
+        // The guest's name may be an option, or drive a terminal.
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._".contains(byte);
+        let name: Vec<u8> = base(path).iter().copied().filter(plain).take(200).collect();
+        let name = if name.iter().all(|&byte| byte == b'.') { b"file".to_vec() } else { name };
+        let copy = Self { folder, name: OsStr::from_bytes(&name).to_owned() };
+        let to = copy.path();
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&to);
+        let mut file = file.map_err(|error| host_failure(&to, &error))?;
+        guest.download(path, &mut file)?;
+        Ok(copy)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join(&self.name)
+    }
+
+    /// Puts the copy in the place of the guest's file: beside it first, with its mode, owner and attributes, then under
+    /// its name.
+    pub(crate) fn store(&self, guest: &mut Guest, path: &[u8]) -> Result<(), Failure> {
+        let local = self.path();
+        let mut file = open_regular(&local).map_err(|error| host_failure(&local, &error))?;
+        let beside = [path, format!(".diskmill-{}", std::process::id()).as_bytes()].concat();
+        let stored = guest
+            .upload(&mut file, &beside)
+            .and_then(|()| {
+                let command = Command::new("copy-attributes").arg(path).arg(&beside).opt("all", "true");
+                guest.call(command).map(drop)
+            })
+            .and_then(|()| guest.call(Command::new("mv").arg(&beside).arg(path)).map(drop));
+        if stored.is_err() {
+            let _ = guest.try_call(Command::new("rm-f").arg(&beside));
+        }
+        stored
+    }
+}

@@ -1,0 +1,409 @@
+//! A session on one image, and what the verbs ask of it.
+
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use diskmill_guestfs::{Command, Error, Kind, Session};
+
+use super::args::{GuestArgs, ImageArgs};
+use super::drive::Drive;
+use super::meta::{Entry, Meta};
+use super::name::{join, shown};
+use super::reply::{Record, lines, null_ended, pairs, texts};
+use super::watch::{self, Watch};
+use super::{args::FileType, keys};
+use crate::exit::{Exit, Failure};
+use crate::names;
+
+/// Names for one lstatnslist: guestfs limits a message to 4 MiB, and each answer takes some 600 bytes.
+const BATCH: usize = 1000;
+/// Bytes of names for one such call.
+const BATCH_BYTES: usize = 512 << 10;
+
+/// What a verb does to the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// It reads.
+    Read,
+    /// It reads; what is written all the same ends with the session.
+    Discard,
+    /// It writes.
+    Write,
+}
+
+/// A running session on one image.
+pub(crate) struct Guest {
+    session: Session,
+    watch: Watch,
+    access: Access,
+    quiet: bool,
+    /// What the appliance reads the image through; ends after the session.
+    _drive: Drive,
+}
+
+impl Guest {
+    /// Opens a session, with LUKS volumes opened and nothing mounted.
+    pub(crate) fn unmounted(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
+        let drive = Drive::open(args, file, access)?;
+        let watch = Watch::start(args.quiet)?;
+        let options = watch.options(&args.settings)?;
+        let session = Session::open(&[drive.disk()], options);
+        watch.clear();
+        let session = session.map_err(|error| watch.failure(error.of(shown_file(file))))?;
+        let mut guest = Self { session, watch, access, quiet: args.quiet, _drive: drive };
+        keys::unlock(&mut guest, &args.key)?;
+        Ok(guest)
+    }
+
+    /// Opens a session with file systems mounted: those that were asked for, those of the guest's operating system, or
+    /// the only one there is.
+    pub(crate) fn mounted(args: &GuestArgs, access: Access) -> Result<Self, Failure> {
+        let mut guest = Self::unmounted(&args.image, &args.file, access)?;
+        guest.mount(args).map_err(|failure| failure.of(&shown_file(&args.file)))?;
+        Ok(guest)
+    }
+
+    fn mount(&mut self, args: &GuestArgs) -> Result<(), Failure> {
+        if args.mount.is_empty() {
+            return self.mount_inspected(args.root.as_deref());
+        }
+        for spec in &args.mount {
+            let mode = if self.access == Access::Read { "ro" } else { "rw" };
+            let options =
+                if spec.options.is_empty() { mode.to_owned() } else { format!("{mode},{}", spec.options) };
+            let command = match spec.fstype.as_str() {
+                "" => Command::new("mount-options").arg(options),
+                fstype => Command::new("mount-vfs").arg(options).arg(fstype),
+            };
+            self.call(command.arg(&spec.device).arg(&spec.folder))?;
+        }
+        Ok(())
+    }
+
+    fn mount_inspected(&mut self, root: Option<&str>) -> Result<(), Failure> {
+        let roots = self.roots()?;
+        let root = match (root, roots.as_slice()) {
+            (Some(root), _) if roots.iter().any(|found| found == root) => root,
+            (None, [only]) => only,
+            (None, []) => return self.mount_only(),
+            (Some(root), _) => {
+                return Err(Failure::failed(format!(
+                    "no operating system on {root}; found: {}",
+                    roots.join(", ")
+                )));
+            }
+            (None, _) => {
+                let found = roots.join(", ");
+                return Err(Failure::failed(format!(
+                    "several operating systems: {found}; choose one with --root DEVICE"
+                )));
+            }
+        };
+        for (folder, device) in self.mount_points(root)? {
+            if let Err(failure) = self.mount_one(&device, &folder) {
+                // As guestfish does: fstab may name what is not there.
+                if folder == "/" {
+                    return Err(failure);
+                }
+                self.remark(&failure.message.unwrap_or_default());
+            }
+        }
+        Ok(())
+    }
+
+    /// The operating systems' root devices.
+    pub(crate) fn roots(&mut self) -> Result<Vec<String>, Failure> {
+        self.call(Command::new("inspect-os")).map(|output| texts(&output))
+    }
+
+    /// What an operating system mounts where, parents first.
+    pub(crate) fn mount_points(&mut self, root: &str) -> Result<Vec<(String, String)>, Failure> {
+        let mut points = pairs(&self.call(Command::new("inspect-get-mountpoints").arg(root))?);
+        points.sort_by(|a, b| a.0.len().cmp(&b.0.len()).then_with(|| a.cmp(b)));
+        Ok(points)
+    }
+
+    /// Mounts the only file system that there is.
+    fn mount_only(&mut self) -> Result<(), Failure> {
+        let output = self.call(Command::new("list-filesystems"))?;
+        let all = texts(&output);
+        let mut found = all.iter().filter_map(|line| line.rsplit_once(": "));
+        let no_files = ["swap", "unknown", "crypto_LUKS", "LVM2_member"];
+        let candidates: Vec<&str> = found
+            .clone()
+            .filter(|(device, content)| !no_files.contains(content) && !device.starts_with("btrfsvol:"))
+            .map(|(device, _)| device)
+            .collect();
+        match candidates.as_slice() {
+            [device] => {
+                self.remark(&format!("no operating system found: {} is mounted", names::shown(device)));
+                self.mount_one(device, "/")
+            }
+            [] if found.any(|(_, content)| content == "crypto_LUKS") => Err(Failure::failed(
+                "no file system found, but an encrypted volume: give its passphrase with --key prompt or --key file:PATH",
+            )),
+            [] => Err(Failure::failed("no file system found")),
+            several => {
+                let list = names::shown(&several.join(", ")).into_owned();
+                let message = format!(
+                    "no operating system and several file systems found: {list}; mount with -m DEVICE"
+                );
+                Err(Failure::failed(message))
+            }
+        }
+    }
+
+    fn mount_one(&mut self, device: &str, folder: &str) -> Result<(), Failure> {
+        let command = if self.access == Access::Read { "mount-ro" } else { "mount" };
+        self.call(Command::new(command).arg(device).arg(folder)).map(drop)
+    }
+
+    /// What is mounted where, parents first, and unmounts it.
+    pub(crate) fn take_mounts(&mut self) -> Result<Vec<(String, String)>, Failure> {
+        let output = self.call(Command::new("mountpoints"))?;
+        let mut mounts: Vec<(String, String)> = texts(&output)
+            .iter()
+            .filter_map(|line| line.rsplit_once(": "))
+            .map(|(device, folder)| (device.to_owned(), folder.to_owned()))
+            .collect();
+        mounts.sort_by_key(|(_, folder)| folder.len());
+        if !mounts.is_empty() {
+            self.call(Command::new("umount-all"))?;
+        }
+        Ok(mounts)
+    }
+
+    /// Mounts again what [`take_mounts`](Self::take_mounts) unmounted.
+    pub(crate) fn restore_mounts(&mut self, mounts: &[(String, String)]) -> Result<(), Failure> {
+        mounts.iter().try_for_each(|(device, folder)| self.mount_one(device, folder))
+    }
+
+    /// Takes the progress off the terminal, for somebody else to use it.
+    pub(crate) fn pause(&self) {
+        self.watch.clear();
+    }
+
+    /// Ends the session. After a verb that writes, everything is in the image when this returns.
+    pub(crate) fn finish(self) -> Result<(), Failure> {
+        self.watch.clear();
+        let closed = self.session.close();
+        closed.map_err(|error| self.watch.failure(error))
+    }
+
+    /// Says something that is no error.
+    pub(crate) fn remark(&self, text: &str) {
+        if !self.quiet {
+            self.watch.clear();
+            eprintln!("diskmill: {text}");
+        }
+    }
+
+    /// Sends a command and gives back its output.
+    pub(crate) fn call(&mut self, command: Command) -> Result<Vec<u8>, Failure> {
+        let result = self.session.call(&command);
+        result.map_err(|error| self.watch.failure(error))
+    }
+
+    /// The same for commands that may fail without an end of the verb: `None` when the guest refuses.
+    pub(crate) fn try_call(&mut self, command: Command) -> Result<Option<Vec<u8>>, Failure> {
+        match self.session.call(&command) {
+            Ok(output) => Ok(Some(output)),
+            Err(error) if guest_refused(&error) => Ok(None),
+            Err(error) => Err(self.watch.failure(error)),
+        }
+    }
+
+    /// The output as one line of text.
+    pub(crate) fn text(&mut self, command: Command) -> Result<String, Failure> {
+        let output = self.call(command)?;
+        let line = output.strip_suffix(b"\n").unwrap_or(&output);
+        Ok(String::from_utf8_lossy(line).into_owned())
+    }
+
+    /// Metadata of what the path leads to.
+    pub(crate) fn stat(&mut self, path: &[u8]) -> Result<Meta, Failure> {
+        let output = self.call(Command::new("statns").arg(path))?;
+        Meta::from_record(&Record::single(&output)).ok_or_else(|| strange("statns", path))
+    }
+
+    /// Metadata of the file itself, be it a link.
+    pub(crate) fn lstat(&mut self, path: &[u8]) -> Result<Meta, Failure> {
+        let output = self.call(Command::new("lstatns").arg(path))?;
+        Meta::from_record(&Record::single(&output)).ok_or_else(|| strange("lstatns", path))
+    }
+
+    /// The same, and `None` if there is no such file.
+    pub(crate) fn lstat_if_there(&mut self, path: &[u8]) -> Result<Option<Meta>, Failure> {
+        match self.session.call(&Command::new("lstatns").arg(path)) {
+            Ok(output) => {
+                Meta::from_record(&Record::single(&output)).map(Some).ok_or_else(|| strange("lstatns", path))
+            }
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) => Err(self.watch.failure(error)),
+        }
+    }
+
+    /// Where a symbolic link leads.
+    pub(crate) fn readlink(&mut self, path: &[u8]) -> Result<Vec<u8>, Failure> {
+        let mut target = self.call(Command::new("readlink").arg(path))?;
+        if target.last() == Some(&b'\n') {
+            target.pop();
+        }
+        Ok(target)
+    }
+
+    /// The names in a folder, sorted.
+    pub(crate) fn names(&mut self, folder: &[u8]) -> Result<Vec<Vec<u8>>, Failure> {
+        self.list(Command::new("ls0").arg(folder).output())
+    }
+
+    /// The paths of all that is below a folder, relative to it, sorted.
+    pub(crate) fn walk(&mut self, folder: &[u8]) -> Result<Vec<Vec<u8>>, Failure> {
+        self.list(Command::new("find0").arg(folder).output())
+    }
+
+    fn list(&mut self, command: Command) -> Result<Vec<Vec<u8>>, Failure> {
+        let output = self.call(command)?;
+        let mut names: Vec<Vec<u8>> = null_ended(&output).map(<[u8]>::to_vec).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Metadata and link targets of `names` below `folder`. What has gone meanwhile is left out.
+    pub(crate) fn entries(&mut self, folder: &[u8], names: Vec<Vec<u8>>) -> Result<Vec<Entry>, Failure> {
+        let mut entries = Vec::with_capacity(names.len());
+        // The folder itself has no name in it.
+        let (itself, names): (Vec<_>, Vec<_>) = names.into_iter().partition(Vec::is_empty);
+        for path in itself {
+            let meta = self.lstat(folder)?;
+            entries.push(Entry { path, meta: Some(meta), target: None });
+        }
+        let mut left = names.into_iter().peekable();
+        while left.peek().is_some() {
+            let mut bytes = 0_usize;
+            let mut batch = Vec::new();
+            while let Some(name) = left.next_if(|name| {
+                bytes = bytes.saturating_add(name.len());
+                batch.is_empty() || batch.len() < BATCH && bytes <= BATCH_BYTES
+            }) {
+                batch.push(name);
+            }
+            let output = self.call(Command::new("lstatnslist").arg(folder).list(&batch))?;
+            let records = Record::list(&output);
+            if records.len() != batch.len() {
+                return Err(strange("lstatnslist", folder));
+            }
+            for (path, record) in batch.into_iter().zip(&records) {
+                if let Some(meta) = Meta::from_record(record) {
+                    entries.push(Entry { path, meta: Some(meta), target: None });
+                }
+            }
+        }
+        self.add_targets(folder, &mut entries)?;
+        Ok(entries)
+    }
+
+    /// Adds the targets of links. readlinklist answers with lines, so that a target with a line end must be asked for
+    /// alone.
+    fn add_targets(&mut self, folder: &[u8], entries: &mut [Entry]) -> Result<(), Failure> {
+        let mut links: Vec<&mut Entry> = entries
+            .iter_mut()
+            .filter(|entry| entry.meta.is_some_and(|meta| meta.is(FileType::Link)))
+            .collect();
+        for batch in links.chunks_mut(BATCH) {
+            let names =
+                batch.iter().map(|entry| if entry.path.is_empty() { b"." } else { entry.path.as_slice() });
+            let output = self.call(Command::new("readlinklist").arg(folder).list(names))?;
+            let targets: Vec<&[u8]> = lines(&output).collect();
+            let plain = targets.len() == batch.len();
+            for (index, entry) in batch.iter_mut().enumerate() {
+                entry.target = match targets.get(index) {
+                    Some(target) if plain && !target.is_empty() => Some(target.to_vec()),
+                    _ if entry.path.is_empty() => Some(self.readlink(folder)?),
+                    _ => Some(self.readlink(&join(folder, &entry.path))?),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a file of the guest to `output`.
+    pub(crate) fn download(&mut self, path: &[u8], output: &mut dyn Write) -> Result<u64, Failure> {
+        let result = self.session.download(path_of(path), output);
+        result.map_err(|error| self.watch.failure(error))
+    }
+
+    /// Copies `input` to a file of the guest.
+    pub(crate) fn upload(&mut self, input: &mut dyn Read, path: &[u8]) -> Result<(), Failure> {
+        let result = self.session.upload(input, path_of(path));
+        result.map_err(|error| self.watch.failure(error))
+    }
+
+    /// Changes permissions, with set-user-ID and the like.
+    pub(crate) fn chmod(&mut self, path: &[u8], mode: u32) -> Result<(), Failure> {
+        self.call(Command::new("chmod").arg(format!("0{mode:o}")).arg(path)).map(drop)
+    }
+
+    /// Changes the owner, by numbers.
+    pub(crate) fn chown(&mut self, path: &[u8], user: u32, group: u32) -> Result<(), Failure> {
+        self.call(Command::new("chown").arg(user.to_string()).arg(group.to_string()).arg(path)).map(drop)
+    }
+
+    /// Sets both times of a file.
+    pub(crate) fn set_modified(&mut self, path: &[u8], seconds: i64, nanos: i64) -> Result<(), Failure> {
+        let [seconds, nanos] = [seconds, nanos].map(|n| n.to_string());
+        let command = Command::new("utimens").arg(path).arg(&seconds).arg(&nanos).arg(&seconds).arg(&nanos);
+        self.call(command).map(drop)
+    }
+
+    /// Sends a command with streams.
+    pub(crate) fn send(
+        &mut self,
+        command: &Command,
+        input: Option<&mut dyn Read>,
+        output: &mut dyn Write,
+    ) -> Result<(), Failure> {
+        let result = self.session.send(command, input, output);
+        result.map_err(|error| self.watch.failure(error))
+    }
+}
+
+fn path_of(path: &[u8]) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(path))
+}
+
+fn shown_file(file: &Path) -> String {
+    names::shown(&file.to_string_lossy()).into_owned()
+}
+
+fn strange(command: &str, path: &[u8]) -> Failure {
+    Failure::failed(format!("{command} {}: an answer that is not understood", shown(path)))
+}
+
+/// Whether the guest said no, and the session goes on.
+pub(crate) fn guest_refused(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Command | Kind::NotFound | Kind::NoSpace | Kind::ReadOnly)
+}
+
+/// The program's end for an error of the session.
+pub(crate) fn failure(error: &Error) -> Failure {
+    if let Some(cause) = error.os_error().filter(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe) {
+        return Failure::from(std::io::Error::from(cause.kind()));
+    }
+    let mut message = error.to_string();
+    let environment = matches!(
+        error.kind(),
+        Kind::NotInstalled | Kind::Start | Kind::NoKernel | Kind::Version | Kind::Timeout | Kind::Died
+    );
+    if environment && !message.contains("doctor") {
+        message.push_str("; `diskmill doctor` tells what this machine lacks");
+    }
+    Failure { exit: Exit::Failed, message: Some(message) }
+}
+
+/// The program's end for a session that a signal cancelled.
+pub(crate) fn cancelled(error: &Error) -> Option<Failure> {
+    let signal = watch::received().filter(|_| error.kind() == Kind::Cancelled)?;
+    Some(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) })
+}

@@ -1,0 +1,107 @@
+//! Several images, each in a session of its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
+
+use super::args::ManyArgs;
+use crate::exit::{Exit, Failure};
+use crate::names;
+
+/// Memory that one appliance is counted with, in MiB, unless its size is given: 360 to 390 when it has booted, more when
+/// it works.
+const APPLIANCE_MIB: u64 = 768;
+
+/// Does `one` to each image, several at the same time, and returns the results in the order of the images.
+pub(crate) fn each<T: Send>(
+    args: &ManyArgs,
+    one: impl Fn(&Path) -> Result<T, Failure> + Sync,
+) -> Vec<Result<T, Failure>> {
+    let files = &args.files;
+    let appliance = args.image.settings.memsize.map_or(APPLIANCE_MIB, u64::from);
+    let jobs = args
+        .jobs
+        .map_or_else(|| default_jobs(appliance, free_memory()), usize::from)
+        .clamp(1, files.len().max(1));
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<Option<Result<T, Failure>>>> = Mutex::new(files.iter().map(|_| None).collect());
+    let work = || {
+        while let Some((index, file)) =
+            Some(next.fetch_add(1, Relaxed)).and_then(|i| Some((i, files.get(i)?)))
+        {
+            let result = one(file);
+            if let Some(slot) = results.lock().unwrap_or_else(|e| e.into_inner()).get_mut(index) {
+                *slot = Some(result);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..jobs {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let results = results.into_inner().unwrap_or_else(|e| e.into_inner());
+    let missing = || Err(Failure::failed("the image was not looked at"));
+    results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
+}
+
+/// As many sessions as CPUs and `free` MiB of memory allow.
+fn default_jobs(appliance: u64, free: Option<u64>) -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let by_memory = free.map_or(cpus as u64, |free| free / appliance.max(1));
+    usize::try_from(by_memory).unwrap_or(cpus).clamp(1, cpus)
+}
+
+/// Memory that programs may still take, in MiB.
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? / 1024)
+}
+
+/// One text for all images: with several, each under its name.
+pub(crate) fn texts<T>(
+    files: &[PathBuf],
+    results: &[Result<T, Failure>],
+    text: impl Fn(&T) -> String,
+) -> String {
+    let found = files.iter().zip(results).filter_map(|(file, result)| Some((file, result.as_ref().ok()?)));
+    let texts: Vec<String> = found
+        .map(|(file, result)| match files.len() {
+            1 => text(result),
+            _ => format!("{}:\n{}", names::shown(&file.to_string_lossy()), text(result)),
+        })
+        .collect();
+    texts.join("\n")
+}
+
+/// The end of the program: the error of the only image, or each error under its image's name and a failure.
+pub(crate) fn outcome<T>(files: &[PathBuf], results: &[Result<T, Failure>]) -> Result<Exit, Failure> {
+    let mut worst = None;
+    for (file, result) in files.iter().zip(results) {
+        let Err(failure) = result else { continue };
+        if let Some(message) = &failure.message {
+            match files.len() {
+                1 => eprintln!("diskmill: {message}"),
+                _ => eprintln!("diskmill: {}: {message}", names::shown(&file.to_string_lossy())),
+            }
+        }
+        worst = Some(failure.exit);
+    }
+    Ok(worst.unwrap_or(Exit::Done))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_bounds_the_sessions() {
+        let cpus = thread::available_parallelism().unwrap().get();
+        assert_eq!(default_jobs(768, Some(100)), 1);
+        assert_eq!(default_jobs(768, Some(u64::MAX)), cpus);
+        assert_eq!(default_jobs(0, None), cpus);
+    }
+}

@@ -1,0 +1,49 @@
+//! `diskmill fs`: file systems inside images, through a session with guestfish.
+
+pub(crate) mod args;
+mod copy;
+mod drive;
+mod edit;
+mod extract;
+#[cfg(test)]
+mod extract_tests;
+mod files;
+mod guest;
+mod inspect;
+mod keys;
+mod list;
+mod many;
+mod meta;
+mod name;
+mod output;
+mod pack;
+mod reply;
+mod run;
+mod settings;
+mod table;
+mod watch;
+
+use args::{FsArgs, Verb};
+
+use crate::exit::{Exit, Failure};
+
+pub(crate) fn run(args: FsArgs) -> Result<Exit, Failure> {
+    match args.verb {
+        Verb::List(args) => list::list(&args),
+        Verb::Inspect(args) => inspect::inspect(&args),
+        Verb::Df(args) => list::df(&args),
+        Verb::Ls(args) => files::ls(&args),
+        Verb::Tree(args) => files::tree(&args),
+        Verb::Cat(args) => files::cat(&args),
+        Verb::Stat(args) => files::stat(&args),
+        Verb::Find(args) => files::find(&args),
+        Verb::Get(args) => copy::get(&args),
+        Verb::Put(args) => copy::put(&args),
+        Verb::TarOut(args) => copy::tar_out(&args),
+        Verb::TarIn(args) => copy::tar_in(&args),
+        Verb::Rm(args) => files::rm(&args),
+        Verb::Mkdir(args) => files::mkdir(&args),
+        Verb::Edit(args) => edit::edit(&args),
+        Verb::Run(args) => run::run(&args),
+    }
+}

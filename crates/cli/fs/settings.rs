@@ -1,0 +1,170 @@
+//! Settings of the appliance: flags first, then the `LIBGUESTFS_*` variables, then the configuration file, then what
+//! suits the machine.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use diskmill_guestfs::Settings;
+use serde::Deserialize;
+
+use crate::exit::Failure;
+
+/// How long a kept session waits for the next command.
+const IDLE: Duration = Duration::from_secs(15 * 60);
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Appliance")]
+pub(crate) struct SettingsArgs {
+    /// Memory of the appliance in MiB
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(256..))]
+    pub(crate) memsize: Option<u32>,
+
+    /// Virtual CPUs of the appliance
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    pub(crate) smp: Option<u32>,
+
+    /// libguestfs' backend
+    #[arg(long, value_name = "NAME")]
+    pub(crate) backend: Option<String>,
+
+    /// Longest time for the start, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) start_timeout: Option<u64>,
+
+    /// Longest time that a call may show no sign of life, in seconds; 0 waits for ever
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) call_timeout: Option<u64>,
+
+    /// How long a kept session waits for the next command, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) idle_timeout: Option<u64>,
+}
+
+/// The configuration file: `$XDG_CONFIG_HOME/diskmill/config.toml`, by default below `~/.config`.
+#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    fs: FsTable,
+}
+
+/// Its table `[fs]`. Times are seconds.
+#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct FsTable {
+    memsize: Option<u32>,
+    smp: Option<u32>,
+    backend: Option<String>,
+    backend_settings: Option<String>,
+    cache_dir: Option<PathBuf>,
+    tmp_dir: Option<PathBuf>,
+    appliance: Option<PathBuf>,
+    start_timeout: Option<u64>,
+    call_timeout: Option<u64>,
+    idle_timeout: Option<u64>,
+}
+
+/// The settings, and how long a kept session stays idle.
+pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Failure> {
+    let file = match path() {
+        Some(path) => read(&path)?,
+        None => FsTable::default(),
+    };
+    Ok(merge(args, file, Settings::from_env(), |name| {
+        env::var_os(name).is_some_and(|value| !value.is_empty())
+    }))
+}
+
+fn merge(
+    args: &SettingsArgs,
+    file: FsTable,
+    mut out: Settings,
+    in_env: impl Fn(&str) -> bool,
+) -> (Settings, Duration) {
+    let unless = |name: &str| !in_env(name);
+    out.memory_mib =
+        args.memsize.or_else(|| file.memsize.filter(|_| unless("LIBGUESTFS_MEMSIZE"))).or(out.memory_mib);
+    out.cpus = args.smp.or_else(|| file.smp.filter(|_| unless("LIBGUESTFS_SMP"))).or(out.cpus);
+    let from_file = file.backend.filter(|_| unless("LIBGUESTFS_BACKEND"));
+    if let Some(backend) = args.backend.clone().or(from_file) {
+        out.backend = backend;
+    }
+    let from_file = file.backend_settings.filter(|_| unless("LIBGUESTFS_BACKEND_SETTINGS"));
+    out.backend_settings = from_file.or(out.backend_settings);
+    out.cache_dir = file.cache_dir.filter(|_| unless("LIBGUESTFS_CACHEDIR")).or(out.cache_dir);
+    out.tmp_dir = file.tmp_dir.filter(|_| unless("LIBGUESTFS_TMPDIR")).or(out.tmp_dir);
+    out.appliance = file.appliance.filter(|_| unless("LIBGUESTFS_PATH")).or(out.appliance);
+    if let Some(seconds) = args.start_timeout.or(file.start_timeout) {
+        out.start_timeout = Duration::from_secs(seconds);
+    }
+    if let Some(seconds) = args.call_timeout.or(file.call_timeout) {
+        out.call_timeout = Some(seconds).filter(|&seconds| seconds > 0).map(Duration::from_secs);
+    }
+    let idle = args.idle_timeout.or(file.idle_timeout).map_or(IDLE, Duration::from_secs);
+    (out, idle)
+}
+
+fn path() -> Option<PathBuf> {
+    let folder = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let config = folder("XDG_CONFIG_HOME").or_else(|| Some(folder("HOME")?.join(".config")))?;
+    Some(config.join("diskmill/config.toml"))
+}
+
+fn read(path: &Path) -> Result<FsTable, Failure> {
+    let failed =
+        |error: &dyn std::fmt::Display| Failure::usage(format!("the configuration file {path:?}: {error}"));
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(toml::from_str::<File>(&text).map_err(|error| failed(&error))?.fs),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(FsTable::default()),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: SettingsArgs = SettingsArgs {
+        memsize: None,
+        smp: None,
+        backend: None,
+        start_timeout: None,
+        call_timeout: None,
+        idle_timeout: None,
+    };
+
+    #[test]
+    fn flags_beat_the_environment_which_beats_the_file() {
+        let file = |text: &str| toml::from_str::<File>(text).unwrap().fs;
+        let text = "[fs]\nmemsize = 1000\nsmp = 2\nbackend = 'libvirt'\ncall-timeout = 0\nidle-timeout = 5\n";
+        let mut env = Settings::default();
+        env.memory_mib = Some(2000);
+        let by = |args| merge(args, file(text), env.clone(), |name| name == "LIBGUESTFS_MEMSIZE");
+        let (settings, idle) = by(&NONE);
+        assert_eq!((settings.memory_mib, settings.cpus), (Some(2000), Some(2)));
+        assert_eq!((settings.backend.as_str(), settings.call_timeout), ("libvirt", None));
+        assert_eq!(idle, Duration::from_secs(5));
+        let args = SettingsArgs {
+            memsize: Some(3000),
+            backend: Some("direct".into()),
+            call_timeout: Some(9),
+            ..NONE
+        };
+        let (settings, _) = by(&args);
+        assert_eq!((settings.memory_mib, settings.backend.as_str()), (Some(3000), "direct"));
+        assert_eq!(settings.call_timeout, Some(Duration::from_secs(9)));
+    }
+
+    #[test]
+    fn mistakes_in_the_file_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        assert_eq!(read(&path).unwrap(), FsTable::default());
+        for wrong in ["[fs]\nmemory = 1\n", "[fs]\nsmp = 'two'\n", "[other]\n"] {
+            std::fs::write(&path, wrong).unwrap();
+            assert!(read(&path).unwrap_err().message.unwrap().contains("config.toml"), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What happens beside a session: signals that end it, and progress that is shown.
+
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use diskmill_guestfs::{Cancel, Error, Event, Listener, Options, WatchdogCommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::guest::{cancelled, failure};
+use super::settings::{SettingsArgs, settings};
+use crate::exit::{Exit, Failure};
+use crate::signals::ignored_signals;
+
+/// The hidden subcommand under which this program looks after guestfish.
+pub(crate) const KEEPER: &str = "guestfs-keeper";
+
+static RECEIVED: AtomicI32 = AtomicI32::new(0);
+
+/// The signal that came.
+pub(crate) fn received() -> Option<i32> {
+    Some(RECEIVED.load(Relaxed)).filter(|&signal| signal != 0)
+}
+
+/// Cancels every session at the first signal and ends the program at the second.
+fn cancel() -> Result<Cancel, Failure> {
+    static CANCEL: OnceLock<Cancel> = OnceLock::new();
+    static STARTING: Mutex<()> = Mutex::new(());
+    let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(cancel) = CANCEL.get() {
+        return Ok(cancel.clone());
+    }
+    let failed = |error: std::io::Error| Failure::failed(format!("cannot watch for signals: {error}"));
+    let cancel = Cancel::new().map_err(failed)?;
+    let ignored = ignored_signals();
+    let ours = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    let mut signals = Signals::new(ours).map_err(failed)?;
+    let theirs = cancel.clone();
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in &mut signals {
+                if RECEIVED.swap(signal, Relaxed) == 0 {
+                    theirs.cancel();
+                } else {
+                    // The keeper sees us end, and ends the appliance.
+                    eprintln!("diskmill: interrupted");
+                    std::process::exit(Exit::Signal(signal).code().into());
+                }
+            }
+        })
+        .map_err(failed)?;
+    Ok(CANCEL.get_or_init(|| cancel).clone())
+}
+
+/// A session's cancel and its progress.
+pub(crate) struct Watch {
+    cancel: Cancel,
+    bar: ProgressBar,
+}
+
+impl Watch {
+    pub(crate) fn start(quiet: bool) -> Result<Self, Failure> {
+        // Draws nothing where standard error is no terminal.
+        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+            bar.set_style(style);
+        }
+        Ok(Self { cancel: cancel()?, bar })
+    }
+
+    /// The options of a session that is watched.
+    pub(crate) fn options(&self, args: &SettingsArgs) -> Result<Options, Failure> {
+        let mut options =
+            Options::new(WatchdogCommand::this_program([KEEPER])).map_err(|error| failure(&error))?;
+        (options.settings, _) = settings(args)?;
+        options.cancel = self.cancel.clone();
+        options.listener = Some(self.listener());
+        Ok(options)
+    }
+
+    fn listener(&self) -> Listener {
+        let bar = self.bar.clone();
+        bar.enable_steady_tick(std::time::Duration::from_millis(120));
+        Arc::new(move |event| match event {
+            Event::Step(step) => bar.set_message(step.to_owned()),
+            Event::Progress { done, total } => {
+                let percent = u128::from(done) * 100 / u128::from(total.max(1));
+                let step = bar.message();
+                let step = step.split_once(" (").map_or(step.as_str(), |(step, _)| step);
+                bar.set_message(format!("{step} ({percent}%)"));
+            }
+            Event::Message(text) => bar.suspend(|| eprintln!("{}", crate::names::shown(text.trim_end()))),
+            _ => {}
+        })
+    }
+
+    /// Takes the progress off the terminal.
+    pub(crate) fn clear(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    /// The program's end for an error.
+    pub(crate) fn failure(&self, error: Error) -> Failure {
+        self.clear();
+        cancelled(&error).unwrap_or_else(|| failure(&error))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
