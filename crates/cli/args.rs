@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Tell whether two images show the guest the same bytes
     Compare(CompareArgs),
+    /// Look for damage in an image, and repair it
+    Check(CheckArgs),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Box<FsArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
@@ -300,6 +302,50 @@ pub(crate) struct CompareArgs {
 
     /// The other
     pub(crate) b: PathBuf,
+}
+
+const CHECK_CODES: &str = "\
+Exit codes (with -r: after the repair): 0 no errors; 1 the check could not be completed; 2 the image is corrupt;
+3 it only has leaked clusters; 63 the format has no check (raw, ova).";
+
+#[derive(Debug, Args)]
+#[command(after_help = CHECK_CODES)]
+pub(crate) struct CheckArgs {
+    /// Format of the image: qcow2 or vmdk [default: told by its first bytes]
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) format: Option<Format>,
+
+    /// Repair a qcow2 image: its leaked clusters, or everything that can be; guest data stays as it is
+    #[arg(short = 'r', long, value_name = "WHAT")]
+    pub(crate) repair: Option<RepairWhat>,
+
+    /// qemu-img's cache mode: accepted and ignored
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    pub(crate) _cache: Option<CacheMode>,
+
+    /// Print nothing but errors of the check itself
+    #[arg(short = 'q', long)]
+    pub(crate) quiet: bool,
+
+    /// List all that was found, not only the first of it
+    #[arg(short = 'v', long)]
+    pub(crate) verbose: bool,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// How to print
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    pub(crate) output: OutputForm,
+
+    /// The image
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RepairWhat {
+    Leaks,
+    All,
 }
 
 #[derive(Debug, Args)]

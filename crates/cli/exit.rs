@@ -27,6 +27,12 @@ pub(crate) enum Exit {
     CannotRead,
     /// `fs run` and `fs script`: the code of the command that ran.
     Command(u8),
+    /// `check`: the image is corrupt.
+    Corrupt,
+    /// `check`: the image only has leaks.
+    Leaks,
+    /// `check`: the format has no check.
+    NoCheck,
     /// Ended by this signal.
     Signal(i32),
 }
@@ -37,10 +43,11 @@ impl Exit {
         match self {
             Self::Done => 0,
             Self::Failed | Self::Differ => 1,
-            Self::Usage | Self::CannotOpen => 2,
-            Self::BadRanges | Self::CannotMap => 3,
+            Self::Usage | Self::CannotOpen | Self::Corrupt => 2,
+            Self::BadRanges | Self::CannotMap | Self::Leaks => 3,
             Self::CannotRead => 4,
             Self::Command(code) => code,
+            Self::NoCheck => 63,
             // As shells report a program that a signal ended.
             Self::Signal(signal) => 128 | (signal & 0x7f) as u8,
         }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod check;
 mod compare;
 mod convert;
 mod exit;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Check(args) => check::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {
         if let Some(message) = &failure.message {

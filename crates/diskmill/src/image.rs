@@ -269,6 +269,14 @@ impl Image {
         Err(MapError { error: Error::invalid("an image without layers"), len })
     }
 
+    /// As [`map`](Self::map), of the image itself without its backing chain.
+    pub(crate) fn map_top(&self, at: u64, max: u64) -> Result<LayerExtent, MapError> {
+        match self.layers.first() {
+            Some(layer) => layer.map(at, max),
+            None => Err(MapError { error: Error::invalid("an image without layers"), len: max }),
+        }
+    }
+
     /// All runs of `range`, in order. Stops after the first error.
     pub fn extents(&self, range: Range<u64>) -> impl Iterator<Item = Result<Extent>> + '_ {
         let mut at = range.start;

@@ -18,6 +18,7 @@
 //! that touches bytes is in [`mod@convert`].
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod compare;
 pub mod convert;
 mod encrypted;

@@ -44,6 +44,9 @@ pub struct Limits {
     pub tar_extension_bytes: u64,
     /// Most bytes that a compressed disk of an OVA may unpack to; they go to a temporary file.
     pub spool_bytes: u64,
+    /// Most memory for what a check keeps of an image, in bytes. (QEMU has no limit. One bit for each cluster suffices
+    /// where nothing is shared: 32 MiB for 16 TiB of data in ordinary clusters.)
+    pub check_bytes: u64,
 }
 
 impl Default for Limits {
@@ -69,6 +72,7 @@ impl Default for Limits {
             tar_members: 65_536,
             tar_extension_bytes: MIB,
             spool_bytes: 64 << 30,
+            check_bytes: 1 << 30,
         }
     }
 }

@@ -3,13 +3,16 @@ use byteorder::{BigEndian, ByteOrder};
 use super::{Geometry, HOST_OFFSET_MASK, SUBCLUSTERS};
 use crate::HostOffset;
 
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
-/// Bits 56-62 and 0-8 (specification, "L1 table entry").
-const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// Bits 56-61 and 1-8 (specification, "Standard Cluster Descriptor").
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Of an L1 or L2 entry: what it points to has exactly one reference.
+pub const COPIED: u64 = 1 << 63;
+/// Of an L2 entry: the cluster is compressed.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Of an L2 entry that is not an extended one: the cluster reads as zeros.
+pub const ZERO: u64 = 1;
+/// Reserved bits of an L1 entry: 56-62 and 0-8 (specification, "L1 table entry").
+pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Reserved bits of an L2 entry that is not compressed: 56-61 and 1-8 (specification, "Standard Cluster Descriptor").
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// An entry of the L1 table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,15 +161,22 @@ impl L2Codec {
         if self.external_data {
             return Err("a compressed cluster in an image with an external data file");
         }
-        let bits = self.offset_bits();
-        let host = raw & ((1 << bits) - 1);
+        let (host, len) = self.compressed_range(raw);
         if host >> 56 != 0 {
             return Err("the host offset has more than 56 bits");
         }
+        Ok(CompressedRef { host: HostOffset(host), len: len as u32 })
+    }
+
+    /// Where the payload of the compressed entry `raw` begins, and the bytes up to the end of its last 512-byte sector,
+    /// whatever they are worth.
+    #[must_use]
+    pub const fn compressed_range(&self, raw: u64) -> (u64, u64) {
+        let bits = self.offset_bits();
+        let host = raw & ((1 << bits) - 1);
         let sectors = ((raw & !(COPIED | COMPRESSED)) >> bits) + 1;
         // At most 2^14 sectors, since bits >= 49: the product fits, and exceeds host % 512.
-        let len = sectors * 512 - host % 512;
-        Ok(CompressedRef { host: HostOffset(host), len: len as u32 })
+        (host, sectors * 512 - host % 512)
     }
 
     /// The entry of a compressed payload of `len` bytes at `host`, or `None` if the descriptor cannot hold it.

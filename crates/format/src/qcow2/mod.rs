@@ -9,7 +9,9 @@ mod refcount;
 mod snapshot;
 
 pub use bitmap::{Bitmap, parse_bitmaps};
-pub use entry::{Cluster, CompressedRef, L1Entry, L2Codec};
+pub use entry::{
+    COMPRESSED, COPIED, Cluster, CompressedRef, L1_RESERVED, L1Entry, L2_RESERVED, L2Codec, ZERO,
+};
 pub use extension::{Extensions, FeatureKind, FeatureName};
 pub use header::{CompressionType, CryptMethod, Header, HeaderArea};
 pub use refcount::RefcountWidth;

@@ -1,0 +1,102 @@
+use std::cell::RefCell;
+
+use diskmill_io::{Allocation, Storage};
+
+use crate::error::{Error, Kind, Result};
+use crate::reader::read_full;
+
+/// Most bytes of tables that are read in all, holes apart: this much, and as often the length of the file. Each table is
+/// read a few times at most, so only tables that overlap many times come to more.
+const MOST_READ: u64 = 1 << 30;
+const MOST_READ_TIMES: u64 = 8;
+
+/// An image's file: reads as zeros past its end, as QEMU has it, and holes are not read.
+pub(super) struct Disk<'a> {
+    file: &'a dyn Storage,
+    len: u64,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The run that was looked up last: what it is, its start and its end.
+    run: Option<(Allocation, u64, u64)>,
+    read: u64,
+}
+
+impl<'a> Disk<'a> {
+    pub(super) fn new(file: &'a dyn Storage) -> Result<Self> {
+        let len = file.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        Ok(Self { file, len, state: RefCell::default() })
+    }
+
+    /// The length in whole sectors, as QEMU has it.
+    pub(super) fn len(&self) -> u64 {
+        self.len.checked_next_multiple_of(512).unwrap_or(self.len)
+    }
+
+    /// Fills `buf` from `at` on. Tells whether there may be something else than zeros.
+    pub(super) fn read(&self, buf: &mut [u8], at: u64) -> Result<bool> {
+        let state = &mut *self.state.borrow_mut();
+        let end = at.saturating_add(buf.len() as u64);
+        if at >= self.len || self.is_hole(state, at, end)? {
+            buf.fill(0);
+            return Ok(false);
+        }
+        state.read = state.read.saturating_add(buf.len() as u64);
+        if state.read > self.len.saturating_mul(MOST_READ_TIMES).saturating_add(MOST_READ) {
+            return Err(Error::new(Kind::Limit, "the image's tables overlap so often that checking it would take hours"));
+        }
+        let got = read_full(self.file, buf, at)?;
+        buf.get_mut(got..).unwrap_or_default().fill(0);
+        Ok(true)
+    }
+
+    fn is_hole(&self, state: &mut State, at: u64, end: u64) -> Result<bool> {
+        if state.run.is_none_or(|(_, start, until)| !(start..until).contains(&at)) {
+            let run = self.file.allocation(at).map_err(|error| Error::io("cannot look for holes", error))?;
+            state.run = run.map(|(kind, until)| (kind, at, until));
+        }
+        Ok(matches!(state.run, Some((Allocation::Hole, _, until)) if end <= until || until >= self.len))
+    }
+
+    /// The entries that are not 0 of a table of 64-bit entries, with their indexes.
+    pub(super) fn table(&self, at: u64, entries: u64) -> Result<Vec<(u64, u64)>> {
+        const PIECE: u64 = 64 << 10;
+        let mut found = Vec::new();
+        let mut piece = vec![0; PIECE.min(entries.saturating_mul(8)) as usize];
+        let mut index = 0;
+        while index < entries {
+            let here = (entries - index).min(PIECE / 8);
+            let bytes = piece.get_mut(..here as usize * 8).unwrap_or_default();
+            if self.read(bytes, at.saturating_add(index * 8))? {
+                let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word));
+                found.extend((index..).zip(words).filter(|&(_, word)| word != 0));
+            }
+            index += here;
+        }
+        Ok(found)
+    }
+
+    /// Writes all of `bytes`.
+    pub(super) fn write(&self, mut bytes: &[u8], mut at: u64) -> Result<()> {
+        // What was a hole is none any more.
+        self.state.borrow_mut().run = None;
+        while !bytes.is_empty() {
+            let done = match self.file.write_at(bytes, at) {
+                Ok(0) => Err(std::io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(0),
+                result => result,
+            };
+            let done = done.map_err(|error| Error::io(format!("cannot write at offset {at:#x}"), error))?;
+            bytes = bytes.get(done..).unwrap_or_default();
+            at = at.saturating_add(done as u64);
+        }
+        Ok(())
+    }
+
+    /// Nothing that is written later is durable before what was written until now.
+    pub(super) fn barrier(&self) -> Result<()> {
+        self.file.sync().map_err(|error| Error::io("cannot flush", error))
+    }
+}
