@@ -1,0 +1,279 @@
+//! `diskmill check` beside `qemu-img check`: a table of damage, made by hand.
+
+use std::path::Path;
+
+use diskmill_testkit::{Oracle, Tool, args, scratch};
+use serde_json::Value;
+
+const CLUSTER: u64 = 65_536;
+const COPIED: u64 = 1 << 63;
+/// Past the end of any file here.
+const FAR: u64 = 1 << 40;
+
+fn tool() -> Tool {
+    Tool::under_test(env!("CARGO_BIN_EXE_diskmill"))
+}
+
+/// An image in memory, with what tests patch.
+#[derive(Clone)]
+struct Disk(Vec<u8>);
+
+impl Disk {
+    fn read(path: &Path) -> Self {
+        Self(std::fs::read(path).unwrap())
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        u64::from_be_bytes(self.0[at as usize..at as usize + 8].try_into().unwrap())
+    }
+
+    fn put(&mut self, at: u64, bytes: &[u8]) {
+        self.0[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn put64(&mut self, at: u64, value: u64) {
+        self.put(at, &value.to_be_bytes());
+    }
+
+    fn l1(&self) -> u64 {
+        self.u64(40)
+    }
+
+    /// Where entry `index` of the first L2 table stands.
+    fn l2(&self, index: u64) -> u64 {
+        (self.u64(self.l1()) & !COPIED) + index * 8
+    }
+
+    fn refcount_table(&self) -> u64 {
+        self.u64(48)
+    }
+
+    /// Sets the 16-bit refcount of the cluster at `offset`.
+    fn set_refcount(&mut self, offset: u64, count: u16) {
+        let block = self.u64(self.refcount_table());
+        self.put(block + offset / CLUSTER * 2, &count.to_be_bytes());
+    }
+
+    fn snapshots(&self) -> u64 {
+        self.u64(64)
+    }
+
+    fn host(&self, index: u64) -> u64 {
+        self.u64(self.l2(index)) & 0x00ff_ffff_ffff_fe00
+    }
+}
+
+/// Data, a compressed cluster, and a snapshot whose second cluster was written since.
+fn with_snapshot(q: &Oracle, dir: &Path) -> Disk {
+    q.create("base.qcow2", "", 10 << 20);
+    q.io(["-c", "write -P 1 0 256k", "-c", "write -c -P 2 1M 64k", "base.qcow2"]).ok();
+    q.snapshot("base.qcow2", "s1");
+    q.io(["-c", "write -P 3 64k 64k", "base.qcow2"]).ok();
+    Disk::read(&dir.join("base.qcow2"))
+}
+
+/// Data and a bitmap that has some bits.
+fn with_bitmap(q: &Oracle, dir: &Path) -> Disk {
+    q.create("base.qcow2", "", 10 << 20);
+    q.img(["bitmap", "--add", "base.qcow2", "the-bitmap"]).ok();
+    q.io(["-c", "write -P 1 0 256k", "base.qcow2"]).ok();
+    Disk::read(&dir.join("base.qcow2"))
+}
+
+/// What is to become of the image after `-r all`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum After {
+    /// No errors, and what it says of the guest's content is unchanged.
+    Clean,
+    /// As many errors as qemu-img's repair leaves.
+    AsQemu,
+    /// Refused, because too much is unknown; qemu-img's repair loses data here.
+    Refused,
+    /// Some of it: what may belong to the damaged table is kept.
+    Careful,
+}
+
+type Case = (&'static str, fn(&mut Disk), After);
+
+const SNAPSHOT_CASES: &[Case] = &[
+    ("nothing", |_| {}, After::Clean),
+    ("refcount too high", |d| d.set_refcount(d.l1(), 5), After::Clean),
+    ("refcount of data too high", |d| d.set_refcount(d.host(2), 7), After::Clean),
+    ("refcount too low", |d| d.set_refcount(d.host(2), 1), After::Clean),
+    ("refcount 0 of data", |d| d.set_refcount(d.host(0), 0), After::Clean),
+    ("refcount 0 of the header", |d| d.set_refcount(0, 0), After::Clean),
+    ("leak", |d| d.0.resize(d.0.len() + 4 * CLUSTER as usize, 7), After::Clean),
+    (
+        "leak inside",
+        |d| {
+            let end = d.0.len() as u64;
+            d.0.resize(end as usize + 4 * CLUSTER as usize, 7);
+            d.set_refcount(end + CLUSTER, 1);
+            d.set_refcount(end + 3 * CLUSTER, 9);
+        },
+        After::Clean,
+    ),
+    ("two on one cluster", |d| d.put64(d.l2(1), d.host(0)), After::Clean),
+    ("data on the L1 table", |d| d.put64(d.l2(1), d.l1()), After::Clean),
+    ("data past the end", |d| d.put64(d.l2(1), COPIED | FAR), After::AsQemu),
+    ("data at the end", |d| d.put64(d.l2(1), COPIED | d.0.len() as u64), After::AsQemu),
+    ("compressed past the end", |d| d.put64(d.l2(16), 1 << 62 | FAR), After::AsQemu),
+    ("misaligned data", |d| d.put64(d.l2(1), COPIED | (d.host(0) + 512)), After::AsQemu),
+    ("misaligned zero cluster", |d| d.put64(d.l2(1), COPIED | (d.host(0) + 512) | 1), After::Clean),
+    ("misaligned L2 table", |d| d.put64(d.l1(), COPIED | (d.l2(0) + 512)), After::Careful),
+    ("L2 table past the end", |d| d.put64(d.l1(), COPIED | FAR), After::Careful),
+    ("copied flag clear", |d| d.put64(d.l2(1), d.u64(d.l2(1)) ^ COPIED), After::Clean),
+    ("copied flag set", |d| d.put64(d.l2(0), d.u64(d.l2(0)) ^ COPIED), After::Clean),
+    ("copied flag of the L2 table", |d| d.put64(d.l1(), d.u64(d.l1()) ^ COPIED), After::Clean),
+    ("copied flag of a compressed cluster", |d| d.put64(d.l2(16), d.u64(d.l2(16)) | COPIED), After::AsQemu),
+    ("reserved bits in L2", |d| d.put64(d.l2(1), d.u64(d.l2(1)) | 2), After::AsQemu),
+    ("reserved bits in L1", |d| d.put64(d.l1(), d.u64(d.l1()) | 1), After::AsQemu),
+    ("L1 entry of nothing but a flag", |d| d.put64(d.l1(), COPIED), After::Careful),
+    ("L1 table past the end", |d| d.put64(40, FAR), After::Careful),
+    ("snapshot: L1 misaligned", |d| d.put64(d.snapshots(), d.u64(d.snapshots()) + 512), After::Careful),
+    ("snapshot: L1 past the end", |d| d.put64(d.snapshots(), FAR), After::Careful),
+    ("snapshot: L1 too large", |d| d.put(d.snapshots() + 8, &0x7fff_ffffu32.to_be_bytes()), After::Careful),
+    ("snapshot: L1 empty", |d| d.put(d.snapshots() + 8, &[0; 4]), After::Clean),
+    ("snapshot count too high", |d| d.put(60, &3u32.to_be_bytes()), After::Clean),
+    ("snapshot count far too high", |d| d.put(60, &70_000u32.to_be_bytes()), After::Refused),
+    ("snapshot table misaligned", |d| d.put64(64, d.snapshots() + 512), After::Refused),
+    ("snapshot table past the end", |d| d.put64(64, FAR), After::Careful),
+    ("snapshot: little extra data", |d| d.put(d.snapshots() + 36, &8u32.to_be_bytes()), After::Clean),
+    ("snapshot: much extra data", |d| d.put(d.snapshots() + 36, &2000u32.to_be_bytes()), After::Refused),
+    ("refcount block past the end", |d| d.put64(d.refcount_table(), FAR), After::Clean),
+    ("refcount block misaligned", |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) + 512), After::Clean),
+    ("refcount block: reserved bits", |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) | 1), After::Clean),
+    ("no refcount block", |d| d.put64(d.refcount_table(), 0), After::Clean),
+    ("refcount block twice", |d| d.put64(d.refcount_table() + 8, d.u64(d.refcount_table())), After::Clean),
+    ("refcount block on data", |d| d.put64(d.refcount_table() + 8, d.host(0)), After::Clean),
+    ("refcount table past the end", |d| d.put64(48, FAR), After::Clean),
+    ("refcount table misaligned", |d| d.put64(48, d.refcount_table() + 512), After::Refused),
+    ("refcount table on the L1 table", |d| d.put64(48, d.l1()), After::AsQemu),
+    ("L1 table misaligned", |d| d.put64(40, d.l1() + 512), After::Refused),
+    ("a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize), After::AsQemu),
+    ("half a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize / 2), After::AsQemu),
+    ("four clusters cut off", |d| d.0.truncate(d.0.len() - 4 * CLUSTER as usize), After::Careful),
+    ("dirty", |d| d.put64(72, 1), After::Clean),
+    ("corrupt", |d| d.put64(72, 2), After::Clean),
+    (
+        "dirty, with a leak and a low refcount",
+        |d| {
+            d.put64(72, 1);
+            d.set_refcount(d.l1(), 3);
+            d.set_refcount(d.host(2), 1);
+        },
+        After::Clean,
+    ),
+];
+
+/// Where the entry of the bitmap stands in its directory.
+fn bitmap(d: &Disk) -> u64 {
+    d.0.windows(10).position(|at| at == b"the-bitmap").unwrap() as u64 - 24
+}
+
+const BITMAP_CASES: &[Case] = &[
+    ("nothing", |_| {}, After::Clean),
+    ("bitmap: table misaligned", |d| d.put64(bitmap(d), d.u64(bitmap(d)) + 512), After::Refused),
+    ("bitmap: table past the end", |d| d.put64(bitmap(d), FAR), After::Careful),
+    ("bitmap: table too large", |d| d.put(bitmap(d) + 8, &0x7fff_ffffu32.to_be_bytes()), After::Refused),
+    ("bitmap: granularity", |d| d.put(bitmap(d) + 17, &[40]), After::Refused),
+    ("bitmap: data past the end", |d| d.put64(d.u64(bitmap(d)), FAR), After::Careful),
+    ("bitmap: data misaligned", |d| d.put64(d.u64(bitmap(d)), 0x5_0200), After::Careful),
+    ("bitmap: reserved bits", |d| d.put64(d.u64(bitmap(d)), 1 << 60), After::Careful),
+    ("bitmaps out of date", |d| d.put64(88, 0), After::Clean),
+];
+
+/// Exit code, JSON and the lines of findings (in any order).
+fn verdict(out: &diskmill_testkit::Outcome) -> (Option<i32>, String, Vec<String>) {
+    let mut lines: Vec<String> = out
+        .err()
+        .lines()
+        // QEMU ends its warning about bitmaps without a new line.
+        .filter_map(|line| line.find("ERROR").or_else(|| line.find("Leaked")).and_then(|at| line.get(at..)))
+        .map(str::to_owned)
+        .collect();
+    lines.sort();
+    (out.code, out.out(), lines)
+}
+
+fn run_table(name: &str, base: fn(&Oracle, &Path) -> Disk, cases: &[Case]) {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    let base = base(&q, dir.path());
+    let mut wrong = Vec::new();
+    for (case, damage, after) in cases {
+        let mut disk = base.clone();
+        damage(&mut disk);
+        let case = format!("{name}: {case}");
+        if let Err(why) = one(&q, dir.path(), &disk, *after) {
+            wrong.push(format!("{case}: {why}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+fn corruptions(out: &diskmill_testkit::Outcome) -> u64 {
+    serde_json::from_str::<Value>(&out.out()).map_or(0, |json| json["corruptions"].as_u64().unwrap_or(0))
+}
+
+fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> {
+    let image = dir.join("d.qcow2");
+    let fresh = || std::fs::write(&image, &disk.0).unwrap();
+    fresh();
+    let theirs = q.img(["check", "--output=json", "-f", "qcow2", "d.qcow2"]).run();
+    let ours = tool().cmd(["check", "-v", "--output=json", "-f", "qcow2", "d.qcow2"]).dir(dir).run();
+    let ensure = |good: bool, what: String| if good { Ok(()) } else { Err(what) };
+    ensure(std::fs::read(&image).unwrap() == disk.0, "a check wrote".to_owned())?;
+    let (a, b) = (verdict(&ours), verdict(&theirs));
+    // What cannot be opened has no report; what is unreadable has one line for each cluster.
+    let same = a.0 == b.0 && (a.0 == Some(1) || a == b);
+    ensure(same, format!("ours {a:#?}\ntheirs {b:#?}\n{ours}\n{theirs}"))?;
+
+    // Guest content, as far as there is any, must survive the repair.
+    let content = |what: &str| {
+        let raw = dir.join(what);
+        let _ = std::fs::remove_file(&raw);
+        let converted =
+            q.img(["convert", "-f", "qcow2", "-O", "raw", "d.qcow2"]).arg(&raw).run().code == Some(0);
+        converted.then(|| std::fs::read(&raw).unwrap())
+    };
+    let before = content("before");
+    let qemu_left = {
+        q.img(["check", "-q", "-r", "all", "d.qcow2"]).run();
+        corruptions(&q.img(["check", "--output=json", "d.qcow2"]).run())
+    };
+    fresh();
+    let repaired = tool().cmd(args!["check", "-r", "all", "-q", "d.qcow2"]).dir(dir).run();
+    let rest = q.img(["check", "--output=json", "d.qcow2"]).run();
+    ensure(content("after") == before, format!("the guest's content changed\n{repaired}"))?;
+    match after {
+        After::Clean => {
+            ensure(repaired.code == Some(0) && rest.code == Some(0), format!("not clean: {repaired}\n{rest}"))?;
+            // Nothing is left of dirty and corrupt bits either.
+            let bits = Disk::read(&image).u64(72);
+            ensure(bits & 3 == 0, format!("feature bits {bits:#x}"))
+        }
+        After::AsQemu => {
+            let left = corruptions(&rest);
+            ensure(left == qemu_left, format!("{left} errors are left, and qemu-img leaves {qemu_left}: {repaired}"))
+        }
+        After::Careful => ensure(
+            corruptions(&rest) <= corruptions(&theirs) && repaired.code != Some(0),
+            format!("worse than before: {repaired}\n{rest}"),
+        ),
+        After::Refused => ensure(
+            repaired.code == Some(1) && std::fs::read(&image).unwrap() == disk.0,
+            format!("not refused: {repaired}"),
+        ),
+    }
+}
+
+#[test]
+fn damage_beside_a_snapshot() {
+    run_table("snapshot", with_snapshot, SNAPSHOT_CASES);
+}
+
+#[test]
+fn damage_of_bitmaps() {
+    run_table("bitmap", with_bitmap, BITMAP_CASES);
+}
