@@ -134,21 +134,28 @@ const SNAPSHOT_CASES: &[Case] = &[
     ("snapshot: L1 past the end", |d| d.put64(d.snapshots(), FAR), After::Careful),
     ("snapshot: L1 too large", |d| d.put(d.snapshots() + 8, &0x7fff_ffffu32.to_be_bytes()), After::Careful),
     ("snapshot: L1 empty", |d| d.put(d.snapshots() + 8, &[0; 4]), After::Clean),
-    ("snapshot count too high", |d| d.put(60, &3u32.to_be_bytes()), After::Clean),
+    ("snapshot count too high", |d| d.put(60, &3u32.to_be_bytes()), After::Careful),
     ("snapshot count far too high", |d| d.put(60, &70_000u32.to_be_bytes()), After::Refused),
     ("snapshot table misaligned", |d| d.put64(64, d.snapshots() + 512), After::Refused),
     ("snapshot table past the end", |d| d.put64(64, FAR), After::Careful),
-    ("snapshot: little extra data", |d| d.put(d.snapshots() + 36, &8u32.to_be_bytes()), After::Clean),
+    ("snapshot: little extra data", |d| d.put(d.snapshots() + 36, &8u32.to_be_bytes()), After::Careful),
     ("snapshot: much extra data", |d| d.put(d.snapshots() + 36, &2000u32.to_be_bytes()), After::Refused),
     ("refcount block past the end", |d| d.put64(d.refcount_table(), FAR), After::Clean),
-    ("refcount block misaligned", |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) + 512), After::Clean),
-    ("refcount block: reserved bits", |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) | 1), After::Clean),
+    (
+        "refcount block misaligned",
+        |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) + 512),
+        After::Clean,
+    ),
+    (
+        "refcount block: reserved bits",
+        |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) | 1),
+        After::Clean,
+    ),
     ("no refcount block", |d| d.put64(d.refcount_table(), 0), After::Clean),
     ("refcount block twice", |d| d.put64(d.refcount_table() + 8, d.u64(d.refcount_table())), After::Clean),
     ("refcount block on data", |d| d.put64(d.refcount_table() + 8, d.host(0)), After::Clean),
     ("refcount table past the end", |d| d.put64(48, FAR), After::Clean),
     ("refcount table misaligned", |d| d.put64(48, d.refcount_table() + 512), After::Refused),
-    ("refcount table on the L1 table", |d| d.put64(48, d.l1()), After::AsQemu),
     ("L1 table misaligned", |d| d.put64(40, d.l1() + 512), After::Refused),
     ("a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize), After::AsQemu),
     ("half a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize / 2), After::AsQemu),
@@ -166,9 +173,10 @@ const SNAPSHOT_CASES: &[Case] = &[
     ),
 ];
 
-/// Where the entry of the bitmap stands in its directory.
+/// Where the directory stands, which begins with the entry of the bitmap.
 fn bitmap(d: &Disk) -> u64 {
-    d.0.windows(10).position(|at| at == b"the-bitmap").unwrap() as u64 - 24
+    let extension = d.0.windows(4).position(|at| at == [0x23, 0x85, 0x28, 0x75]).unwrap() as u64;
+    d.u64(extension + 24)
 }
 
 const BITMAP_CASES: &[Case] = &[
@@ -245,17 +253,25 @@ fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> 
     fresh();
     let repaired = tool().cmd(args!["check", "-r", "all", "-q", "d.qcow2"]).dir(dir).run();
     let rest = q.img(["check", "--output=json", "d.qcow2"]).run();
-    ensure(content("after") == before, format!("the guest's content changed\n{repaired}"))?;
+    let after_repair = content("after");
+    // What could not be read before may be readable now.
+    ensure(before.is_none() || after_repair == before, format!("the guest's content changed\n{repaired}"))?;
     match after {
         After::Clean => {
-            ensure(repaired.code == Some(0) && rest.code == Some(0), format!("not clean: {repaired}\n{rest}"))?;
+            ensure(
+                repaired.code == Some(0) && rest.code == Some(0),
+                format!("not clean: {repaired}\n{rest}"),
+            )?;
             // Nothing is left of dirty and corrupt bits either.
             let bits = Disk::read(&image).u64(72);
             ensure(bits & 3 == 0, format!("feature bits {bits:#x}"))
         }
         After::AsQemu => {
             let left = corruptions(&rest);
-            ensure(left == qemu_left, format!("{left} errors are left, and qemu-img leaves {qemu_left}: {repaired}"))
+            ensure(
+                left == qemu_left,
+                format!("{left} errors are left, and qemu-img leaves {qemu_left}: {repaired}"),
+            )
         }
         After::Careful => ensure(
             corruptions(&rest) <= corruptions(&theirs) && repaired.code != Some(0),

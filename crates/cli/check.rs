@@ -67,10 +67,10 @@ fn as_json(report: &Report, args: &CheckArgs) -> Value {
         ("image-end-offset", some(report.image_end_offset)),
         ("compressed-clusters", some(report.compressed_clusters)),
         ("total-clusters", some(report.total_clusters)),
-        ("check-errors", Some(json!(report.check_errors))),
-        ("corruptions-fixed", some(report.corruptions_fixed)),
-        ("leaks-fixed", some(report.leaks_fixed)),
         ("corruptions", some(report.corruptions)),
+        ("corruptions-fixed", some(report.corruptions_fixed)),
+        ("check-errors", Some(json!(report.check_errors))),
+        ("leaks-fixed", some(report.leaks_fixed)),
         ("leaks", some(report.leaks)),
         ("allocated-clusters", some(report.allocated_clusters)),
         ("filename", Some(json!(args.file.to_string_lossy()))),
@@ -89,10 +89,8 @@ fn human(report: &Report, repair: Repair) -> String {
     let mut out = String::new();
     let Report { corruptions, leaks, check_errors, corruptions_fixed, leaks_fixed, .. } = *report;
     if corruptions_fixed > 0 || leaks_fixed > 0 {
-        let _ = writeln!(
-            out,
-            "Repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} corruptions. Now:"
-        );
+        let _ =
+            writeln!(out, "Repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} corruptions. Now:");
     }
     if corruptions == 0 && leaks == 0 && check_errors == 0 {
         out.push_str("No errors were found on the image.\n");

@@ -45,7 +45,10 @@ impl<'a> Disk<'a> {
         }
         state.read = state.read.saturating_add(buf.len() as u64);
         if state.read > self.len.saturating_mul(MOST_READ_TIMES).saturating_add(MOST_READ) {
-            return Err(Error::new(Kind::Limit, "the image's tables overlap so often that checking it would take hours"));
+            return Err(Error::new(
+                Kind::Limit,
+                "the image's tables overlap so often that checking it would take hours",
+            ));
         }
         let got = read_full(self.file, buf, at)?;
         buf.get_mut(got..).unwrap_or_default().fill(0);

@@ -192,10 +192,7 @@ impl fmt::Display for Finding {
             Self::L2Reserved { entry } => write!(f, "found l2 entry with reserved bits set: {entry:x}"),
             Self::ClusterMisaligned { offset, data } => {
                 let what = if *data { "Data" } else { "Preallocated" };
-                write!(
-                    f,
-                    "offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted."
-                )
+                write!(f, "offset={offset:x}: {what} cluster is not properly aligned; L2 entry corrupted.")
             }
             Self::CompressedCopied { offset } => {
                 write!(f, "coffset={offset:#x}: copied flag must never be set for compressed clusters")
@@ -241,7 +238,10 @@ impl fmt::Display for Finding {
             ),
             Self::SnapshotIncomplete { index } => write!(f, "snapshot table entry {index} is incomplete"),
             Self::SnapshotsExternal { count } => {
-                write!(f, "{count} snapshots in image with data file: snapshots are not supported with data files")
+                write!(
+                    f,
+                    "{count} snapshots in image with data file: snapshots are not supported with data files"
+                )
             }
             Self::BitmapEntry { bitmap, entry } => {
                 write!(f, "bitmap {bitmap:?}: table entry {entry:#x} is invalid")

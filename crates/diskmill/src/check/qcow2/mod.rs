@@ -2,12 +2,12 @@
 
 mod copied;
 mod rebuild;
-mod references;
 mod refcounts;
+mod references;
 mod snapshots;
 
-use diskmill_format::qcow2::{Extensions, Geometry, Header, HeaderArea, L2Codec, RefcountWidth, feature};
 use diskmill_format::Limits;
+use diskmill_format::qcow2::{Extensions, Geometry, Header, HeaderArea, L2Codec, RefcountWidth, feature};
 use diskmill_io::Storage;
 
 use super::counts::{Budget, Counts};
@@ -58,7 +58,8 @@ enum Outcome {
 impl Report {
     /// The report of a repair that was made before this check, which found the rest.
     fn with_repaired(mut self, before: &Self) -> Self {
-        self.corruptions_fixed += before.corruptions_fixed + before.corruptions.saturating_sub(self.corruptions);
+        self.corruptions_fixed +=
+            before.corruptions_fixed + before.corruptions.saturating_sub(self.corruptions);
         self.leaks_fixed += before.leaks_fixed + before.leaks.saturating_sub(self.leaks);
         self
     }

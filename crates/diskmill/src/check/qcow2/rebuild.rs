@@ -79,7 +79,10 @@ impl Pass<'_> {
             let highest = plan.blocks.last_key_value().map_or(0, |(&index, _)| index);
             let clusters = ((highest + 1) * 8).div_ceil(cluster);
             if clusters * cluster > self.limits.qcow2_refcount_table_bytes {
-                return Err(Error::new(Kind::Limit, "the new refcount table would be larger than QEMU accepts"));
+                return Err(Error::new(
+                    Kind::Limit,
+                    "the new refcount table would be larger than QEMU accepts",
+                ));
             }
             // A run of free clusters.
             let mut first = plan.free_from;

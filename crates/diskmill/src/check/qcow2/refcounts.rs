@@ -103,7 +103,8 @@ impl Pass<'_> {
                 if repeated >= MOST_REPEATED {
                     if repeated == MOST_REPEATED {
                         self.report.check_errors += 1;
-                        let finding = Finding::NotFollowed { what: "refcount blocks that are referred to twice" };
+                        let finding =
+                            Finding::NotFollowed { what: "refcount blocks that are referred to twice" };
                         (self.found)(Verdict::Error, &finding);
                     }
                     continue;
@@ -114,7 +115,8 @@ impl Pass<'_> {
             damaged |= self.compare_block(first..end, block, offset, repair, &mut highest)?;
         }
         self.table.entries = entries;
-        self.report.image_end_offset = highest.map_or(0, |highest: u64| (highest + 1).saturating_mul(cluster));
+        self.report.image_end_offset =
+            highest.map_or(0, |highest: u64| (highest + 1).saturating_mul(cluster));
         Ok(damaged)
     }
 

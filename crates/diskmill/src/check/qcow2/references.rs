@@ -136,7 +136,10 @@ impl Pass<'_> {
                 *misaligned += 1;
                 if *misaligned == MOST_MISALIGNED {
                     self.report.check_errors += 1;
-                    (self.found)(super::Verdict::Error, &Finding::NotFollowed { what: "misaligned L2 tables" });
+                    (self.found)(
+                        super::Verdict::Error,
+                        &Finding::NotFollowed { what: "misaligned L2 tables" },
+                    );
                 }
                 if *misaligned >= MOST_MISALIGNED {
                     continue;
@@ -209,7 +212,8 @@ impl Pass<'_> {
         }
         self.flush(&mut run, all)?;
         let report = &mut self.report;
-        report.allocated_clusters = report.allocated_clusters.saturating_add(allocated.saturating_mul(active));
+        report.allocated_clusters =
+            report.allocated_clusters.saturating_add(allocated.saturating_mul(active));
         report.fragmented_clusters =
             report.fragmented_clusters.saturating_add(fragmented.saturating_mul(active));
         report.compressed_clusters =

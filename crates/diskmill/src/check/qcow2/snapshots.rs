@@ -14,7 +14,6 @@ pub(super) struct Root {
     pub(super) times: u64,
 }
 
-
 impl Pass<'_> {
     /// Reads the snapshot table. Gives the L1 tables to follow, the active one first, and the bytes of the table.
     pub(super) fn roots(&mut self) -> Result<(Vec<Root>, u64)> {
@@ -49,12 +48,7 @@ impl Pass<'_> {
                 let at = *seen.entry((offset, entries)).or_insert(roots.len());
                 match roots.get_mut(at) {
                     Some(root) => root.times += 1,
-                    None => roots.push(Root {
-                        offset,
-                        entries: u64::from(entries),
-                        active: false,
-                        times: 1,
-                    }),
+                    None => roots.push(Root { offset, entries: u64::from(entries), active: false, times: 1 }),
                 }
             }
         }
