@@ -315,6 +315,7 @@ impl Pass<'_> {
                     || !host.is_multiple_of(cluster)
                     || (host != 0 && entry & BITMAP_ONES != 0);
                 if bad {
+                    self.lost = true;
                     self.error(&Finding::BitmapEntry { bitmap: lossy(&bitmap.name), entry }, 1);
                 } else if host != 0 {
                     self.count(host, cluster, 1)?;
