@@ -1,4 +1,6 @@
-use diskmill_codec::Codec;
+use std::sync::Arc;
+
+use diskmill_codec::{Codec, is_zero};
 use diskmill_format::qcow2::{
     Cluster, CompressedRef, CompressionType, Geometry, L1Entry, L2Codec, SUBCLUSTERS, Snapshot, feature,
 };
@@ -131,22 +133,28 @@ impl Qcow2Layout {
         MapError { error: error.within(structure, offset), len }
     }
 
-    /// What cluster `index` of the L2 table at `table` is.
-    fn cluster(&self, l1_index: u64, table: HostOffset, index: u64) -> Result<Cluster, MapError> {
+    /// The piece of the L2 table at `table` that holds entry `index`.
+    fn piece(&self, l1_index: u64, table: HostOffset, index: u64) -> Result<Piece, MapError> {
         let size = self.geometry.l2_entry_size() as u64;
         let byte = index * size;
-        let slice_at = byte / SLICE * SLICE;
+        let at = byte / SLICE * SLICE;
         let cluster = self.geometry.cluster_size();
-        let position = table.get() + byte;
-        let slice_len = SLICE.min(cluster - slice_at);
-        let slice = self.tables.slice(table.get() + slice_at, slice_len).map_err(|error| {
+        let len = SLICE.min(cluster - at);
+        let bytes = self.tables.slice(table.get() + at, len).map_err(|error| {
             // All that this piece of the table maps is lost with it.
-            let lost = (slice_at + slice_len - byte) / size * cluster;
+            let lost = (at + len - byte) / size * cluster;
             self.damaged(error, format!("L2 table {l1_index}"), table.get(), lost)
         })?;
-        self.entries.decode(&slice, ((byte - slice_at) / size) as usize).map_err(|why| {
+        Ok(Piece { l1_index, host: table.get() + at, first: at / size, entry_size: size, bytes })
+    }
+
+    /// What cluster `index` of the L2 table is whose piece holds it.
+    fn cluster(&self, piece: &Piece, index: u64) -> Result<Cluster, MapError> {
+        let slot = index - piece.first;
+        self.entries.decode(&piece.bytes, slot as usize).map_err(|why| {
             let error = Error::new(Kind::Corrupt, why);
-            self.damaged(error, format!("L2 table {l1_index}, entry {index}"), position, cluster)
+            let structure = format!("L2 table {}, entry {index}", piece.l1_index);
+            self.damaged(error, structure, piece.host + slot * piece.entry_size, self.geometry.cluster_size())
         })
     }
 
@@ -215,6 +223,31 @@ impl Qcow2Layout {
     }
 }
 
+/// A piece of an L2 table.
+struct Piece {
+    /// The table's entry in the L1 table.
+    l1_index: u64,
+    host: u64,
+    /// The first entry in it.
+    first: u64,
+    /// Bytes in an entry.
+    entry_size: u64,
+    bytes: Arc<[u8]>,
+}
+
+impl Piece {
+    fn holds(&self, index: u64) -> bool {
+        index.checked_sub(self.first).is_some_and(|slot| slot < self.bytes.len() as u64 / self.entry_size)
+    }
+
+    /// How many entries from `index` on are all zeros, which stands for unallocated.
+    fn unallocated(&self, index: u64) -> u64 {
+        let start = ((index - self.first) * self.entry_size) as usize;
+        let entries = self.bytes.get(start..).unwrap_or_default().chunks_exact(self.entry_size as usize);
+        entries.take_while(|entry| is_zero(entry)).count() as u64
+    }
+}
+
 enum L1Run {
     Table(HostOffset),
     None(u64),
@@ -259,7 +292,8 @@ impl Layout for Qcow2Layout {
         let within = guest % cluster_size;
         let mut index = geometry.l2_index(guest);
         let cut = |error: MapError, skip: u64| MapError { len: (error.len - skip).min(max), ..error };
-        let first = self.cluster(l1_index, table, index).map_err(|error| cut(error, within))?;
+        let mut piece = self.piece(l1_index, table, index).map_err(|error| cut(error, within))?;
+        let first = self.cluster(&piece, index).map_err(|error| cut(error, within))?;
         let first = self.in_cluster(first, within);
         let mut run = self.within_file(first, l1_index, index).map_err(|error| cut(error, 0))?;
         if matches!(run.source, LayerSource::Data(Source::Packed { .. })) {
@@ -271,7 +305,22 @@ impl Layout for Qcow2Layout {
             if index >= geometry.l2_entries() {
                 break;
             }
-            let Ok(next) = self.cluster(l1_index, table, index) else { break };
+            if !piece.holds(index) {
+                match self.piece(l1_index, table, index) {
+                    Ok(next) => piece = next,
+                    Err(_) => break,
+                }
+            }
+            if run.source == LayerSource::Unallocated {
+                // Tables of sparse disks are empty but for a few entries, and need not be decoded one by one.
+                let count = piece.unallocated(index);
+                if count > 0 {
+                    run.len += count * cluster_size;
+                    index += count - 1;
+                    continue;
+                }
+            }
+            let Ok(next) = self.cluster(&piece, index) else { break };
             let next = self.in_cluster(next, 0);
             if !continues(run.source, run.len, next.source) {
                 break;
@@ -285,8 +334,6 @@ impl Layout for Qcow2Layout {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use diskmill_format::qcow2::{CryptMethod, Extensions, Header, HeaderArea, RefcountWidth};
     use diskmill_io::MemoryStorage;
 
