@@ -178,6 +178,39 @@ fn mistakes_are_told_the_same() {
         "convert -O qcow2 -o ,help a.raw b",
         "convert -O qcow2 -o backing_file=a,,, a.raw b",
         "convert . b",
+        "create a",
+        "create -f qcow2 c.qcow2 9E",
+        "create -f qcow2 c.qcow2 -- -1",
+        "create -f foo b 1M",
+        "create -f dmg b 1M",
+        "create -f qcow2 -o foo=1 c.qcow2 1M",
+        "create -f qcow2 -o cluster_size=abc c.qcow2 1M",
+        "create -f qcow2 -o lazy_refcounts=maybe c.qcow2 1M",
+        "create -f qcow2 -o preallocation=foo c.qcow2 1M",
+        "create -f qcow2 -o compat=foo c.qcow2 1M",
+        "create -f qcow2 -o cluster_size=1000 c.qcow2 1M",
+        "create -f qcow2 -o compat=0.10,lazy_refcounts=on c.qcow2 1M",
+        "create -f qcow2 -o refcount_bits=3 c.qcow2 1M",
+        "create -f qcow2 -o refcount_bits=8,compat=0.10 c.qcow2 1M",
+        "create -f qcow2 -o data_file_raw=on c.qcow2 1M",
+        "create -f qcow2 -o extended_l2=on,cluster_size=8k c.qcow2 1M",
+        "create -f qcow2 -o size=2M c.qcow2 1M",
+        "create -f qcow2 -o cluster_size=512 c.qcow2 1E",
+        "create -f qcow2 -F raw c.qcow2 1M",
+        "create -f qcow2 -b nonexistent -F qcow2 c.qcow2",
+        "create -f qcow2 -b base.qcow2 c.qcow2",
+        "create -f qcow2 -b base.qcow2 -F foo c.qcow2",
+        "create -f qcow2 -b base.qcow2 -F raw -o preallocation=full c.qcow2",
+        "create -f qcow2 -b c.qcow2 -F qcow2 c.qcow2",
+        "create -f qcow2 -u -b nonexistent -F qcow2 c.qcow2",
+        "create -f qcow2 -u -b nonexistent c.qcow2 1M",
+        "create -f qcow2 nonexistent/c.qcow2 1M",
+        "create -f raw -b a.raw -F raw c.raw",
+        "create -f raw -o preallocation=metadata c.raw 1M",
+        "create -f vmdk -b base.qcow2 -F qcow2 c.vmdk",
+        "create -f vmdk -b a.vmdk -F vmdk -o subformat=monolithicFlat c.vmdk",
+        "create -f vmdk -o subformat=foo c.vmdk 1M",
+        "create foo:bar 1M",
         "dd if=a.raw",
         "dd if=a.raw of=b bs=0",
         "dd if=a.raw of=b count=-1",
@@ -194,7 +227,7 @@ fn mistakes_are_told_the_same() {
     ] {
         pair.same(line);
     }
-    for line in ["", "foo", "info", "compare a.raw", "map a b"] {
+    for line in ["", "foo", "info", "compare a.raw", "map a b", "create", "create a 1M b"] {
         pair.same_but_hint(line);
     }
 }
@@ -205,6 +238,51 @@ fn help_for_options_is_the_same() {
     for format in ["raw", "qcow2", "vmdk"] {
         pair.same(&format!("convert -O {format} -o help"));
         pair.same(&format!("convert -O {format} -o help a b"));
+    }
+}
+
+#[test]
+fn fresh_images_are_the_same() {
+    let Some(pair) = Pair::new(images) else { return };
+    for (line, name, format) in [
+        ("create f.raw 1M", "f.raw", "raw"),
+        ("create -f raw -o preallocation=full,size=3M f.raw", "f.raw", "raw"),
+        ("create -f qcow2 f.qcow2 1000", "f.qcow2", "qcow2"),
+        (
+            "create -f qcow2 -o cluster_size=4k -o lazy_refcounts=on -o cluster_size=8k f.qcow2 128M",
+            "f.qcow2",
+            "qcow2",
+        ),
+        ("create -f qcow2 -o compat=0.10 f.qcow2 1T", "f.qcow2", "qcow2"),
+        (
+            "create -f qcow2 -o preallocation=metadata,extended_l2=on,refcount_bits=64 f.qcow2 9M",
+            "f.qcow2",
+            "qcow2",
+        ),
+        ("create -f qcow2 -o preallocation=falloc f.qcow2 9M", "f.qcow2", "qcow2"),
+        ("create -f qcow2 -o cluster_size,size=1M f.qcow2", "base.qcow2", "qcow2"),
+        ("create -f qcow2 -b base.qcow2 -F qcow2 f.qcow2", "f.qcow2", "qcow2"),
+        ("create -f qcow2 -b base.qcow2 -F qcow2 f.qcow2 9M", "f.qcow2", "qcow2"),
+        ("create -f qcow2 -b a.raw -F raw -o cluster_size=512 f.qcow2 1M", "f.qcow2", "qcow2"),
+        ("create -f vmdk f.vmdk 64M", "f.vmdk", "vmdk"),
+        ("create -f vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=lsilogic f.vmdk 3M", "f.vmdk", "vmdk"),
+        ("create -f vmdk -b a.vmdk -F vmdk f.vmdk", "f.vmdk", "vmdk"),
+        ("create -q -f qcow2 f.qcow2 0", "f.qcow2", "qcow2"),
+    ] {
+        pair.same(line);
+        pair.same_disk(name, format);
+    }
+    for line in [
+        "create -f qcow2 g.qcow2 64M",
+        "info g.qcow2",
+        "info --output json g.qcow2",
+        "create -f qcow2 -u -b nowhere -F raw g.qcow2 1M",
+        "info g.qcow2",
+        "create -f qcow2 -b base.qcow2 -F qcow2 -o compat=v3,compression_type=zstd,refcount_bits=1 g.qcow2",
+        "info g.qcow2",
+        "map --output json g.qcow2",
+    ] {
+        pair.same(line);
     }
 }
 

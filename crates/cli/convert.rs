@@ -147,6 +147,7 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
             (None, None) => Reflink::Auto,
         },
         copy_offload: args.copy_range,
+        trust_backing: false,
     })
 }
 

@@ -1,5 +1,5 @@
 //! The options of fresh images: names, types and the help of QEMU's drivers.
-#![allow(dead_code, reason = "create and amend are to follow")]
+#![allow(dead_code, reason = "amend is to follow")]
 
 use diskmill::parse_size;
 

@@ -6,6 +6,7 @@
 mod bench;
 mod compare;
 mod convert;
+mod create;
 mod dd;
 mod drivers;
 mod getopt;
@@ -71,10 +72,11 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 6] = [
+const COMMANDS: [(&str, Run); 7] = [
     ("bench", bench::run),
     ("compare", compare::run),
     ("convert", convert::run),
+    ("create", create::run),
     ("dd", dd::run),
     ("info", info::run),
     ("map", map::run),

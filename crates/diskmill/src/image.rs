@@ -159,9 +159,18 @@ impl Image {
     /// A disk of `size` zero bytes, made of nothing.
     #[must_use]
     pub fn zeros(size: u64) -> Self {
-        let layer =
-            Layer { layout: Box::new(ZeroLayout::new(size)), path: PathBuf::new(), last: Mutex::new(None) };
-        Self { layers: vec![layer], files: Vec::new(), window: None, _locks: Vec::new() }
+        Self::of_layers([ZeroLayout::new(size, true)])
+    }
+
+    /// A disk of `size` bytes that has nothing in it, over one of zeros.
+    pub(crate) fn blank(size: u64) -> Self {
+        Self::of_layers([ZeroLayout::new(size, false), ZeroLayout::new(size, true)])
+    }
+
+    fn of_layers<const N: usize>(layouts: [ZeroLayout; N]) -> Self {
+        let layer = |layout| Layer { layout: Box::new(layout), path: PathBuf::new(), last: Mutex::new(None) };
+        let layers = layouts.into_iter().map(layer).collect();
+        Self { layers, files: Vec::new(), window: None, _locks: Vec::new() }
     }
 
     /// Size of the disk that the guest sees, in bytes.

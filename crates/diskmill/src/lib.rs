@@ -21,6 +21,7 @@
 pub mod check;
 pub mod compare;
 pub mod convert;
+pub mod create;
 mod encrypted;
 mod error;
 mod image;

@@ -99,21 +99,26 @@ impl Layout for RawLayout {
     }
 }
 
-/// Zeros that stand in no file.
-pub(crate) struct ZeroLayout(ImageInfo);
+/// A disk that stands in no file: zeros, or nothing at all.
+pub(crate) struct ZeroLayout {
+    info: ImageInfo,
+    allocated: bool,
+}
 
 impl ZeroLayout {
-    pub(crate) fn new(size: u64) -> Self {
-        Self(info(size))
+    /// Zeros; `allocated`: that count as data of this layer.
+    pub(crate) fn new(size: u64, allocated: bool) -> Self {
+        Self { info: info(size), allocated }
     }
 }
 
 impl Layout for ZeroLayout {
     fn info(&self) -> &ImageInfo {
-        &self.0
+        &self.info
     }
 
     fn map(&self, _: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
-        Ok(LayerExtent { len: max, source: LayerSource::Zero(None) })
+        let source = if self.allocated { LayerSource::Zero(None) } else { LayerSource::Unallocated };
+        Ok(LayerExtent { len: max, source })
     }
 }

@@ -174,6 +174,8 @@ pub struct ConvertOptions {
     /// Copy plain data inside the kernel (`copy_file_range`) where it cannot be cloned, and do not look for zeros in it:
     /// for file systems whose server copies (NFS 4.2, SMB). On local ones it gains nothing.
     pub copy_offload: bool,
+    /// Do not look for the backing file of a qcow2 output, whose format must be named then.
+    pub trust_backing: bool,
 }
 
 impl Default for ConvertOptions {
@@ -194,6 +196,7 @@ impl Default for ConvertOptions {
             trust_packed: false,
             reflink: Reflink::Auto,
             copy_offload: false,
+            trust_backing: false,
         }
     }
 }

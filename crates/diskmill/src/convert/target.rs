@@ -121,6 +121,7 @@ impl Target {
             TargetFormat::Qcow2(qcow2) if device && qcow2.data_file.is_some() => {
                 return Err(Error::unsupported("an external data file of an image on a device"));
             }
+            TargetFormat::Qcow2(_) if options.trust_backing => {}
             TargetFormat::Qcow2(qcow2) => check_backing(qcow2, &path, sources)?,
             TargetFormat::Raw(_) => {}
             TargetFormat::Vmdk(_) | TargetFormat::Ova(_) if device || !options.create => {

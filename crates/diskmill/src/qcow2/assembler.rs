@@ -353,14 +353,25 @@ impl Assembler for Qcow2Assembler {
         l1.resize(self.geometry.l1_entries(size) as usize, 0);
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         // An empty disk has no L1 table, and a cluster for it would be a leak.
-        let clusters = (bytes.len() as u64).div_ceil(self.cluster());
+        let used = bytes.len() as u64;
+        let clusters = used.div_ceil(self.cluster());
         bytes.resize((clusters * self.cluster()) as usize, 0);
+        let other_lens: Vec<u64> = self.external().then_some(size).into_iter().collect();
+        if let Some((table, l1_at)) = self.refcounts.lay_out_empty(clusters, out)? {
+            out.push(WriteOp::bytes(l1_at.get(), bytes));
+            let header = Some(self.header(size, l1_at, table, 1)?);
+            return Ok(Finish {
+                file_len: Some(l1_at.get().saturating_add(used)),
+                other_lens,
+                header,
+                ..Finish::default()
+            });
+        }
         let l1_at = self.refcounts.take(clusters)?;
         out.push(WriteOp::bytes(l1_at.get(), bytes));
         let (table, table_clusters) =
             self.refcounts.finish(out, Limits::default().qcow2_refcount_table_bytes)?;
         let header = self.header(size, l1_at, table, table_clusters)?;
-        let other_lens = self.external().then_some(size).into_iter().collect();
         Ok(Finish {
             file_len: Some(self.refcounts.end()),
             other_lens,

@@ -95,6 +95,26 @@ impl Refcounts {
         self.width.get(&self.block, usize::try_from(index).ok()?)
     }
 
+    /// Lays out an image that holds nothing as QEMU does: refcount table, one block, L1 table of `l1` clusters. Returns
+    /// the places of the tables; `None` if something was taken before, or one block cannot count all of it.
+    pub(super) fn lay_out_empty(
+        &mut self,
+        l1: u64,
+        out: &mut Vec<WriteOp>,
+    ) -> Result<Option<(HostOffset, HostOffset)>> {
+        if self.next > 1 || l1 + 3 >= self.per_block {
+            return Ok(None);
+        }
+        let (table_at, block_at, l1_at) = (self.take(1)?, self.take(1)?, self.take(l1)?);
+        let mut table = vec![0; self.geometry.cluster_size() as usize];
+        if let Some(first) = table.first_chunk_mut() {
+            *first = block_at.get().to_be_bytes();
+        }
+        out.push(WriteOp::bytes(table_at.get(), table));
+        out.push(WriteOp::bytes(block_at.get(), std::mem::take(&mut self.block)));
+        Ok(Some((table_at, l1_at)))
+    }
+
     /// Writes the full blocks that have no place yet.
     pub(super) fn settle(&mut self, out: &mut Vec<WriteOp>) -> Result<()> {
         // Taking a cluster can fill the next block, but each holds the counts of at least 64 clusters.

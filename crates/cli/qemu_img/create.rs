@@ -1,0 +1,149 @@
+//! `qemu-img create`.
+
+use std::io::{Write, stdout};
+use std::path::{Path, PathBuf};
+
+use diskmill::create::{CreateOptions, create};
+use diskmill::{Image, Kind, OpenOptions};
+
+use super::drivers::Driver;
+use super::getopt::Args;
+use super::node::{Node, format_named, local_path};
+use super::object::Secrets;
+use super::opts::{Dict, join};
+use super::size::size;
+use super::target::target_format;
+use super::{Fail, Outcome, messages};
+use crate::names::resolved;
+use crate::options::asks_for_help;
+
+/// Options that are shown although the user did not give them.
+const SHOWN_DEFAULTS: [(&str, &[(&str, &str)]); 2] = [
+    (
+        "qcow2",
+        &[
+            ("cluster_size", "65536"),
+            ("extended_l2", "off"),
+            ("compression_type", "zlib"),
+            ("lazy_refcounts", "off"),
+            ("refcount_bits", "16"),
+        ],
+    ),
+    ("vmdk", &[("compat6", "off"), ("hwversion", "undefined")]),
+];
+
+pub(super) fn run(args: Args) -> Outcome {
+    let secrets = Secrets::of(&args)?;
+    let lists = join(args.all("options"))?;
+    let format = args.text("format").unwrap_or_else(|| "raw".to_owned());
+    if lists.as_deref().is_some_and(asks_for_help) {
+        let driver = Driver::creating(&format).map_err(Fail::new)?;
+        stdout().write_all(driver.help(!args.operands.is_empty()).as_bytes())?;
+        return Ok(0);
+    }
+    let mut operands = args.operands.iter();
+    let Some(file) = operands.next() else { return Err(Fail::usage("Expecting image file name")) };
+    let wanted = operands.next().map(|text| size("image size", &text.to_string_lossy())).transpose()?;
+    if let Some(more) = operands.next() {
+        return Err(Fail::usage(format!("Unexpected argument: {}", more.to_string_lossy())));
+    }
+    let name = file.to_string_lossy().into_owned();
+    let failed = |reason: String| Fail::new(format!("{name}: {reason}"));
+
+    let driver = Driver::creating(&format).map_err(failed)?;
+    let path = local_path(file).map_err(failed)?;
+    let dict = options(&args, driver, lists.as_deref(), wanted).map_err(failed)?;
+    let dict = with_backing(&args, &name, dict).map_err(failed)?;
+    if dict.get("size").is_none() {
+        return Err(failed("Image creation needs a size parameter".to_owned()));
+    }
+    if !args.has("quiet") {
+        writeln!(stdout(), "Formatting '{name}', fmt={format}{}", driver.line(&dict))?;
+    }
+    make(&path, driver, &dict, &secrets, args.has("backing-unsafe")).map_err(failed)?;
+    Ok(0)
+}
+
+/// All options, with the defaults that are shown.
+fn options(args: &Args, driver: Driver, lists: Option<&str>, size: Option<u64>) -> Result<Dict, String> {
+    let mut dict = driver.check(&Dict::from_list(lists.unwrap_or_default()))?;
+    let defaults = SHOWN_DEFAULTS.into_iter().find(|(name, _)| *name == driver.name);
+    for (name, value) in defaults.map_or(&[][..], |(_, defaults)| defaults) {
+        if dict.get(name).is_none() {
+            dict.set(name, (*value).to_owned());
+        }
+    }
+    for (option, name, what) in
+        [("backing", "backing_file", "file"), ("backing-format", "backing_fmt", "format")]
+    {
+        if let Some(value) = args.text(option) {
+            if !driver.has_backing_files() {
+                return Err(format!("Backing {what} not supported for file format '{}'", driver.name));
+            }
+            dict.set(name, value);
+        }
+    }
+    if let Some(size) = size {
+        if dict.get("size").is_some() {
+            return Err("The image size must be specified only once".to_owned());
+        }
+        dict.set("size", size.to_string());
+    }
+    Ok(dict)
+}
+
+/// Looks at the backing file, which gives the size if the user does not.
+fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String> {
+    let Some(backing) = dict.get("backing_file").map(str::to_owned) else { return Ok(dict) };
+    if backing.is_empty() {
+        return Err("Expected backing file name, got empty string".to_owned());
+    }
+    if backing == name {
+        return Err("Error: Trying to create an image with the same filename as the backing file".to_owned());
+    }
+    let named = dict.get("backing_fmt").map(str::to_owned);
+    if args.has("backing-unsafe") {
+        return match named {
+            Some(_) => Ok(dict),
+            None => Err("Backing file specified without backing format".to_owned()),
+        };
+    }
+    let image = open_backing(&resolved(name, &backing), named.as_deref())
+        .map_err(|reason| format!("{reason}\nCould not open backing image."))?;
+    if named.is_none() {
+        let found = image.info().format.name();
+        return Err(format!("Backing file specified without backing format\nDetected format of {found}."));
+    }
+    if dict.get("size").is_none() {
+        dict.set("size", image.size().to_string());
+    }
+    Ok(dict)
+}
+
+fn open_backing(path: &str, format: Option<&str>) -> Result<Image, String> {
+    let path = PathBuf::from(path);
+    let mut node = Node::named(&path);
+    node.format = format.map(format_named).transpose()?;
+    Image::open(&path, &OpenOptions { force_share: true, ..node.options() })
+        .map_err(|error| messages::cannot_open(&error, &path, node.format))
+}
+
+fn make(
+    path: &Path,
+    driver: Driver,
+    dict: &Dict,
+    secrets: &Secrets,
+    trust_backing: bool,
+) -> Result<(), String> {
+    let size = dict.get("size").and_then(|size| size.parse().ok()).unwrap_or(0);
+    let format = target_format(driver, dict, secrets)?;
+    let options = CreateOptions { format, size, trust_backing };
+    create(path, &options).map_err(|error| match error.kind() {
+        Kind::Limit => {
+            let hint = if driver.name == "qcow2" { " (try using a larger cluster size)" } else { "" };
+            format!("The image size is too large for file format '{}'{hint}", driver.name)
+        }
+        Kind::Busy => messages::cannot_open(&error, path, None),
+        _ => messages::cannot_create(&error, path),
+    })
+}

@@ -1,0 +1,42 @@
+//! Fresh, empty images.
+
+use std::path::PathBuf;
+
+use crate::convert::{ConvertOptions, Input, Monitor, Output, TargetFormat, convert};
+use crate::error::{Error, Result};
+use crate::image::Image;
+
+/// What a fresh image is to be.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// The format with its options, a backing file among them.
+    pub format: TargetFormat,
+    /// The disk that the guest sees, in bytes; rounded up to sectors of 512 bytes.
+    pub size: u64,
+    /// Do not look for the backing file of a qcow2 image (`qemu-img create -u`).
+    pub trust_backing: bool,
+}
+
+/// Makes an empty image at `path`: all zeros, or what the backing file has. An existing file is replaced when the
+/// image is whole.
+///
+/// # Errors
+/// [`Kind::Invalid`](crate::Kind::Invalid) for options that do not go together or a size above 2^63 - 512,
+/// [`Kind::Limit`](crate::Kind::Limit) for a size that the format cannot have,
+/// [`Kind::Busy`](crate::Kind::Busy) if the file is in use, [`Kind::Io`](crate::Kind::Io).
+pub fn create(path: impl Into<PathBuf>, options: &CreateOptions) -> Result<()> {
+    let size = options
+        .size
+        .checked_next_multiple_of(512)
+        .filter(|&size| size <= i64::MAX as u64)
+        .ok_or_else(|| Error::invalid(format!("a disk of {} bytes", options.size)))?;
+    let convert_options = ConvertOptions {
+        format: options.format.clone(),
+        trust_backing: options.trust_backing,
+        ..ConvertOptions::default()
+    };
+    // Nothing of the source is in its upper layer, so the output's own backing file stands for all of it.
+    let blank = [Image::blank(size)];
+    convert(Input::Images(&blank), Output::Path(path.into()), &convert_options, &Monitor::new())?;
+    Ok(())
+}
