@@ -112,6 +112,15 @@ fn looking_prints_the_same() {
         "map a.raw --output=json -s 512k -l 1M",
         "map --output json a.vmdk",
         "map --output json json:{\"driver\":\"raw\",\"offset\":65536,\"size\":131072,\"file\":{\"driver\":\"file\",\"filename\":\"a.raw\"}}",
+        "check base.qcow2",
+        "check --output json top.qcow2",
+        "check -f qcow2 packed.qcow2",
+        "check --output json packed.qcow2",
+        "check -q base.qcow2",
+        "check a.raw",
+        "check a.vmdk",
+        "check --output json -f vmdk a.vmdk",
+        "check -U --image-opts driver=qcow2,file.filename=base.qcow2",
         "compare base.qcow2 a.raw",
         "compare -f qcow2 -F vmdk base.qcow2 a.vmdk",
         "compare base.qcow2 top.qcow2",
@@ -178,6 +187,10 @@ fn mistakes_are_told_the_same() {
         "convert -O qcow2 -o ,help a.raw b",
         "convert -O qcow2 -o backing_file=a,,, a.raw b",
         "convert . b",
+        "check nonexistent",
+        "check -f qcow2 a.raw",
+        "check -U -r all base.qcow2",
+        "check -T foo base.qcow2",
         "create a",
         "create -f qcow2 c.qcow2 9E",
         "create -f qcow2 c.qcow2 -- -1",
@@ -227,7 +240,17 @@ fn mistakes_are_told_the_same() {
     ] {
         pair.same(line);
     }
-    for line in ["", "foo", "info", "compare a.raw", "map a b", "create", "create a 1M b"] {
+    for line in [
+        "",
+        "foo",
+        "info",
+        "compare a.raw",
+        "map a b",
+        "create",
+        "create a 1M b",
+        "check",
+        "check -r foo a.raw",
+    ] {
         pair.same_but_hint(line);
     }
 }
@@ -238,6 +261,41 @@ fn help_for_options_is_the_same() {
     for format in ["raw", "qcow2", "vmdk"] {
         pair.same(&format!("convert -O {format} -o help"));
         pair.same(&format!("convert -O {format} -o help a b"));
+    }
+}
+
+#[test]
+fn damage_is_told_and_repaired_the_same() {
+    let Some(pair) = Pair::new(images) else { return };
+    for [leaky, corrupt] in [["leaky.qcow2", "corrupt.qcow2"]] {
+        for dir in [&pair.theirs, &pair.ours] {
+            let path = |name: &str| dir.path().join(name);
+            let mut bytes = std::fs::read(path("base.qcow2")).unwrap();
+            let word =
+                |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+            let block = word(&bytes, word(&bytes, 48));
+            // A count more than there are references to the first cluster of data.
+            let at = block + 2 * 5;
+            let right = bytes[at + 1];
+            bytes[at + 1] = right + 1;
+            std::fs::write(path(leaky), &bytes).unwrap();
+            bytes[at + 1] = 0;
+            std::fs::write(path(corrupt), &bytes).unwrap();
+        }
+        for line in [
+            format!("check {leaky}"),
+            format!("check --output json {leaky}"),
+            format!("check -r leaks {leaky}"),
+            format!("check {leaky}"),
+            format!("check {corrupt}"),
+            format!("check --output json {corrupt}"),
+        ] {
+            pair.same(&line);
+        }
+        let repair = format!("check -r all {corrupt}");
+        let [theirs, ours] = pair.run(&repair);
+        assert_eq!(theirs.2, ours.2, "{repair}");
+        pair.same_disk(corrupt, "qcow2");
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
         eprintln!("… and {} more (--verbose lists all)", count - SHOWN);
     }
     let text = match args.output {
-        OutputForm::Json => qemu_style(&as_json(&report, args)) + "\n",
+        OutputForm::Json => qemu_style(&as_json(&report, args.format, &args.file.to_string_lossy())) + "\n",
         OutputForm::Human if args.quiet => String::new(),
         OutputForm::Human => human(&report, options.repair),
     };
@@ -57,12 +57,12 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
 }
 
 /// The keys are those of QEMU's `ImageCheck`, and their order that of its hash table.
-fn as_json(report: &Report, args: &CheckArgs) -> Value {
+pub(crate) fn as_json(report: &Report, format: Option<Format>, name: &str) -> Value {
     let mut out = Map::new();
     let mut put = |key: &str, value: Value| out.insert(key.to_owned(), value);
     // Fields that are 0 are left out.
     let some = |value: u64| (value != 0).then(|| json!(value));
-    let format = args.format.unwrap_or(if report.total_clusters > 0 { Format::Qcow2 } else { Format::Vmdk });
+    let format = format.unwrap_or(if report.total_clusters > 0 { Format::Qcow2 } else { Format::Vmdk });
     let fields = [
         ("image-end-offset", some(report.image_end_offset)),
         ("compressed-clusters", some(report.compressed_clusters)),
@@ -73,7 +73,7 @@ fn as_json(report: &Report, args: &CheckArgs) -> Value {
         ("leaks-fixed", some(report.leaks_fixed)),
         ("leaks", some(report.leaks)),
         ("allocated-clusters", some(report.allocated_clusters)),
-        ("filename", Some(json!(args.file.to_string_lossy()))),
+        ("filename", Some(json!(name))),
         ("format", Some(json!(format.name()))),
         ("fragmented-clusters", some(report.fragmented_clusters)),
     ];

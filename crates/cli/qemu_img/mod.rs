@@ -4,6 +4,7 @@
 //! Where texts or behaviour differ on purpose stands in `docs/qemu-img.md`.
 
 mod bench;
+mod check;
 mod compare;
 mod convert;
 mod create;
@@ -72,8 +73,9 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 7] = [
+const COMMANDS: [(&str, Run); 8] = [
     ("bench", bench::run),
+    ("check", check::run),
     ("compare", compare::run),
     ("convert", convert::run),
     ("create", create::run),
@@ -81,6 +83,9 @@ const COMMANDS: [(&str, Run); 7] = [
     ("info", info::run),
     ("map", map::run),
 ];
+
+/// Commands of qemu-img's that are not there yet.
+const MISSING: [&str; 7] = ["amend", "bitmap", "commit", "measure", "rebase", "resize", "snapshot"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {
@@ -120,6 +125,9 @@ fn run(args: Vec<OsString>) -> Outcome {
     let Some(name) = operands.next() else { return Err(Fail::usage("Not enough arguments")) };
     let known = COMMANDS.iter().find(|(command, _)| name == *command);
     let Some((command, run)) = known else {
+        if MISSING.iter().any(|command| name == *command) {
+            return Err(Fail::new(format!("the command '{}' is not supported", name.to_string_lossy())));
+        }
         return Err(Fail::usage(format!("Command not found: {}", name.to_string_lossy())));
     };
     let args = getopt::parse(syntax::of(command), operands.collect())?;
