@@ -1,5 +1,6 @@
 //! The command line as it is typed. Letters mean what they mean in qemu-img.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -10,6 +11,7 @@ use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, Secret, Sna
 use crate::secrets::{self, SecretObject};
 
 use crate::fs::args::FsArgs;
+use crate::fs::drive::CompanionArgs;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -49,6 +51,9 @@ pub(crate) enum Command {
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,
+    /// Started by file-system commands: serves an image to an appliance that is kept
+    #[command(hide = true)]
+    GuestfsCompanion(CompanionArgs),
     /// Serve an image over NBD
     Serve(crate::serve::ServeArgs),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
@@ -414,6 +419,28 @@ impl OpenArgs {
     fn keys(&self) -> Vec<Secret> {
         let objects = self.object.iter().map(|object| &object.secret);
         self.key_file.iter().chain(objects).cloned().collect()
+    }
+
+    /// The same as arguments for another process of this program; `None` if there are passphrases, which are nobody
+    /// else's business.
+    pub(crate) fn arguments(&self) -> Option<Vec<OsString>> {
+        if !self.key_file.is_empty() || !self.object.is_empty() {
+            return None;
+        }
+        let mut out: Vec<OsString> = Vec::new();
+        let flags = [
+            (self.force_share, "--force-share"),
+            (self.allow_any_path, "--allow-any-path"),
+            (self.ignore_cid, "--ignore-cid"),
+        ];
+        out.extend(flags.into_iter().filter(|(set, _)| *set).map(|(_, flag)| flag.into()));
+        for path in &self.allow_path {
+            out.extend(["--allow-path".into(), path.into()]);
+        }
+        if let Some(disk) = &self.disk {
+            out.extend(["--disk".into(), disk.into()]);
+        }
+        Some(out)
     }
 
     pub(crate) fn options(&self, format: Option<Format>) -> OpenOptions {

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Fs(args) => fs::run(*args),
+        Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
         Command::Serve(args) => serve::run(&args),

@@ -7,8 +7,14 @@ use std::str::FromStr;
 use clap::{Args, Subcommand, ValueEnum};
 use diskmill::{Format, parse_size};
 
+use super::customize::{CustomizeArgs, SysprepArgs};
+use super::diff::DiffArgs;
+use super::grow::GrowArgs;
 use super::pack::Owner;
+use super::registry::RegistryVerb;
 use super::settings::SettingsArgs;
+use super::sparsify::SparsifyArgs;
+use super::tools::{MountArgs, ScriptArgs, ShellArgs, UmountArgs};
 use crate::args::OpenArgs;
 
 const EXAMPLES: &str = "\
@@ -21,7 +27,7 @@ Examples:
   diskmill fs --help; diskmill fs VERB --help";
 
 const CODES: &str = "\
-Exit codes: 0 done; 1 error, or `diff` found differences; 2 wrong usage; `run`: what the command says;
+Exit codes: 0 done; 1 error, or `diff` found differences; 2 wrong usage; `run` and `script`: what the command says;
 128 + n: ended by signal n. `diskmill doctor` tells what the machine lacks.";
 
 #[derive(Debug, Args)]
@@ -63,8 +69,29 @@ pub(crate) enum Verb {
     Mkdir(MkdirArgs),
     /// Edit a file with $VISUAL or $EDITOR
     Edit(EditArgs),
+    /// Tell how the files of two images differ
+    Diff(DiffArgs),
     /// Run a command in the guest's file systems
     Run(RunArgs),
+    /// Set host name, passwords, users, keys, time zone, packages, scripts and files
+    Customize(Box<CustomizeArgs>),
+    /// Remove what makes a machine unlike others: keys, logs, host name, …
+    Sysprep(SysprepArgs),
+    /// Give back blocks that the file systems do not use
+    Sparsify(SparsifyArgs),
+    /// Grow an image, its partition and its file system
+    Grow(GrowArgs),
+    /// Mount the image's file systems on a folder of the host
+    Mount(MountArgs),
+    /// Unmount what `mount` mounted
+    Umount(UmountArgs),
+    /// Read and change the registry of a Windows guest
+    #[command(subcommand)]
+    Registry(Box<RegistryVerb>),
+    /// Run guestfish commands from a file
+    Script(ScriptArgs),
+    /// guestfish, with the image added and mounted
+    Shell(ShellArgs),
 }
 
 /// How to open an image and its session.

@@ -1,41 +1,251 @@
-//! How the appliance gets at an image.
+//! How the appliance gets at an image: for reading through our own NBD server, so that QEMU never parses what a stranger
+//! made; for writing as a file, with its format named.
 
+use std::ffi::OsString;
+use std::fs::DirBuilder;
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command as Process, Stdio};
 
-use diskmill::{Format, Image};
+use clap::Args;
+use diskmill::qcow2::CryptMethod;
+use diskmill::{Format, FormatInfo, Image};
 use diskmill_guestfs::Disk;
+use diskmill_nbd::{Address, ImageExport, Running, Settings};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+use sha2::{Digest as _, Sha256};
 
 use super::args::ImageArgs;
 use super::guest::Access;
-use crate::exit::Failure;
+use crate::args::OpenArgs;
+use crate::exit::{Exit, Failure};
+
+/// The hidden subcommand that serves an image to an appliance which outlives the program.
+const COMPANION: &str = "guestfs-companion";
 
 /// An image as a disk of the appliance.
 pub(crate) struct Drive {
-    file: PathBuf,
-    format: Format,
-    access: Access,
+    disk: Disk,
+    /// In QEMU's words.
+    format: &'static str,
+    /// What `guestfish -a` takes, and the format for `--format`.
+    address: OsString,
+    server: Server,
+}
+
+enum Server {
+    /// QEMU opens the file.
+    None,
+    /// Ends, with its folder, when the drive is dropped.
+    Here { _running: Running, _folder: tempfile::TempDir },
+    /// Another process, which ends when we do, unless it is told whom to wait for.
+    Companion { stdin: ChildStdin },
 }
 
 impl Drive {
     /// Opens the image once ourselves: that tells its format, checks it, and applies the policy for the files it names.
-    pub(crate) fn open(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
+    /// `outlives`: the appliance goes on when this program ends.
+    pub(crate) fn open(
+        args: &ImageArgs,
+        file: &Path,
+        access: Access,
+        outlives: bool,
+    ) -> Result<Self, Failure> {
         let image = Image::open(file, &args.open.options(args.format))?;
-        let format = image.info().format;
         for warning in image.warnings().iter().filter(|_| !args.quiet) {
             eprintln!("diskmill: warning: {warning}");
         }
-        if !matches!(format, Format::Raw | Format::Qcow2) {
-            let what = if access == Access::Write { "writing to" } else { "file systems of" };
+        match access {
+            Access::Write => Self::direct(&image, file),
+            Access::Read | Access::Discard if outlives => Self::by_companion(args, file),
+            Access::Read | Access::Discard => Self::by_server(image),
+        }
+    }
+
+    /// Another image with the same options, to be read.
+    pub(crate) fn as_format(args: &ImageArgs, file: &Path, format: Option<Format>) -> Result<Self, Failure> {
+        Self::by_server(Image::open(file, &args.open.options(format))?)
+    }
+
+    /// The same for a file that is written by a tool, in this format.
+    pub(crate) fn for_writing(open: &OpenArgs, format: Option<Format>, file: &Path) -> Result<Self, Failure> {
+        Self::direct(&Image::open(file, &open.options(format))?, file)
+    }
+
+    fn direct(image: &Image, file: &Path) -> Result<Self, Failure> {
+        let info = image.info();
+        let refused = match (&info.specific, info.format) {
+            (FormatInfo::Qcow2(qcow2), _) if qcow2.area.header.crypt != CryptMethod::None => {
+                "encrypted qcow2"
+            }
+            (_, Format::Raw | Format::Qcow2) => "",
+            (_, other) => other.name(),
+        };
+        if !refused.is_empty() {
             return Err(Failure::failed(format!(
-                "{what} {} images is not supported: convert {file:?} to qcow2 first",
-                format.name()
+                "writing to {refused} images is not supported: they are only read; convert {file:?} to qcow2 or raw first"
             )));
         }
-        Ok(Self { file: file.to_owned(), format, access })
+        let disk = Disk::file(file, info.format.name()).writable();
+        let address = file.as_os_str().to_owned();
+        Ok(Self { disk, format: info.format.name(), address, server: Server::None })
+    }
+
+    fn by_server(image: Image) -> Result<Self, Failure> {
+        let failed =
+            |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
+        let folder = tempfile::Builder::new().prefix("diskmill-nbd-").tempdir().map_err(failed)?;
+        let address = Address::Unix(folder.path().join("disk"));
+        let running = diskmill_nbd::serve(ImageExport::new(image), &address, settings()).map_err(failed)?;
+        let disk = Disk::nbd(folder.path().join("disk"), "");
+        let uri = guestfish_uri(&folder.path().join("disk"));
+        let server = Server::Here { _running: running, _folder: folder };
+        Ok(Self { disk, format: "raw", address: uri, server })
+    }
+
+    fn by_companion(args: &ImageArgs, file: &Path) -> Result<Self, Failure> {
+        let failed =
+            |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
+        let socket = kept_socket(args, file).map_err(failed)?;
+        let open = args.open.arguments().ok_or_else(|| {
+            Failure::failed("a session of an encrypted image cannot be kept or mounted: its passphrase would have to be kept too")
+        })?;
+        let mut command = Process::new("/proc/self/exe");
+        command.arg(COMPANION).args(open).arg("--unix").arg(&socket);
+        if let Some(format) = args.format {
+            command.arg("-f").arg(format.name());
+        }
+        // Out of the terminal's reach.
+        command.arg("--").arg(file).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.process_group(0);
+        let mut child = command.spawn().map_err(failed)?;
+        let mut line = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            BufReader::new(stdout).read_line(&mut line).map_err(failed)?;
+        }
+        let ready = child.stdin.take().filter(|_| line == "ready\n");
+        let Some(stdin) = ready else {
+            let _ = child.wait();
+            return Err(Failure::failed(line.trim_end().to_owned()));
+        };
+        let disk = Disk::nbd(&socket, file.to_string_lossy());
+        let server = Server::Companion { stdin };
+        Ok(Self { disk, format: "raw", address: guestfish_uri(&socket), server })
     }
 
     pub(crate) fn disk(&self) -> Disk {
-        let disk = Disk::file(&self.file, self.format.name());
-        if self.access == Access::Write { disk.writable() } else { disk }
+        self.disk.clone()
     }
+
+    /// `--format` and `-a` for a libguestfs tool.
+    pub(crate) fn tool_arguments(&self) -> Vec<OsString> {
+        vec![self.format_argument(), "-a".into(), self.address.clone()]
+    }
+
+    /// `--format`.
+    pub(crate) fn format_argument(&self) -> OsString {
+        format!("--format={}", self.format).into()
+    }
+
+    /// Lets the companion go on until the process `pid` has ended.
+    pub(crate) fn release(self, pid: i32) -> Result<(), Failure> {
+        if let Server::Companion { mut stdin } = self.server {
+            let told = writeln!(stdin, "{pid}");
+            told.map_err(|error| Failure::failed(format!("the image's server has ended: {error}")))?;
+        }
+        Ok(())
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        log: std::sync::Arc::new(|message| eprintln!("diskmill: {}", crate::names::shown(message))),
+        ..Settings::default()
+    }
+}
+
+/// The URI form of guestfish(1), "ADDING REMOTE STORAGE".
+fn guestfish_uri(socket: &Path) -> OsString {
+    let mut uri = OsString::from("nbd:///?socket=");
+    uri.push(socket);
+    uri
+}
+
+/// Where the companion for this very state of the image listens: the name is made of what makes the file what it is, so
+/// that a later program finds it, and not once the image was changed.
+pub(crate) fn kept_socket(args: &ImageArgs, file: &Path) -> io::Result<PathBuf> {
+    let meta = std::fs::metadata(file)?;
+    let mut hash = Sha256::new();
+    for number in [meta.dev(), meta.ino(), meta.size(), meta.mtime() as u64, meta.mtime_nsec() as u64] {
+        hash.update(number.to_le_bytes());
+    }
+    hash.update(args.format.map_or("", |format| format.name()));
+    for argument in args.open.arguments().unwrap_or_default() {
+        hash.update(argument.as_bytes());
+        hash.update([0]);
+    }
+    let name: String = hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect();
+    Ok(run_folder()?.join(name))
+}
+
+/// A folder of this user alone for sockets and notes, made where it is missing.
+pub(crate) fn run_folder() -> io::Result<PathBuf> {
+    let run = std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute() && dir.is_dir());
+    let folder = match run {
+        Some(run) => run.join("diskmill-nbd"),
+        None => PathBuf::from(format!("/tmp/diskmill-nbd-{}", geteuid().as_raw())),
+    };
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = std::fs::symlink_metadata(&folder)?;
+    if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o077 != 0 {
+        return Err(io::Error::other(format!("{folder:?} is not a folder for this user alone")));
+    }
+    Ok(folder)
+}
+
+/// How the companion is started.
+#[derive(Debug, Args)]
+pub(crate) struct CompanionArgs {
+    #[arg(short = 'f', long)]
+    format: Option<Format>,
+    #[command(flatten)]
+    open: OpenArgs,
+    #[arg(long)]
+    unix: PathBuf,
+    file: PathBuf,
+}
+
+/// Serves an image until the process whose number comes on standard input has ended; at once, if none comes.
+pub(crate) fn companion(args: &CompanionArgs) -> Result<Exit, Failure> {
+    serve_process(args).inspect_err(|failure| {
+        // Standard error is nobody's.
+        println!("{}", failure.message.as_deref().unwrap_or_default().replace('\n', " "));
+    })
+}
+
+fn serve_process(args: &CompanionArgs) -> Result<Exit, Failure> {
+    let image = Image::open(&args.file, &args.open.options(args.format))?;
+    let failed = |error: io::Error| Failure::failed(format!("cannot serve {:?}: {error}", args.file));
+    let settings = Settings { log: std::sync::Arc::new(|_| ()), ..Settings::default() };
+    let running = diskmill_nbd::serve(ImageExport::new(image), &Address::Unix(args.unix.clone()), settings);
+    let running = running.map_err(failed)?;
+    println!("ready");
+    let mut line = String::new();
+    io::stdin().read_line(&mut line)?;
+    if let Some(pid) = line.trim().parse().ok().and_then(Pid::from_raw)
+        && let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+    {
+        while poll(&mut [PollFd::new(&process, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+    }
+    running.stop().map_err(failed)?;
+    Ok(Exit::Done)
 }

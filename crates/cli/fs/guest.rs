@@ -1,9 +1,11 @@
 //! A session on one image, and what the verbs ask of it.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
+use diskmill::Format;
 use diskmill_guestfs::{Command, Error, Kind, Session};
 
 use super::args::{GuestArgs, ImageArgs};
@@ -45,7 +47,10 @@ pub(crate) struct Guest {
 impl Guest {
     /// Opens a session, with LUKS volumes opened and nothing mounted.
     pub(crate) fn unmounted(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
-        let drive = Drive::open(args, file, access)?;
+        Self::on(args, file, access, Drive::open(args, file, access, false)?)
+    }
+
+    fn on(args: &ImageArgs, file: &Path, access: Access, drive: Drive) -> Result<Self, Failure> {
         let watch = Watch::start(args.quiet)?;
         let options = watch.options(&args.settings)?;
         let session = Session::open(&[drive.disk()], options);
@@ -61,6 +66,14 @@ impl Guest {
     pub(crate) fn mounted(args: &GuestArgs, access: Access) -> Result<Self, Failure> {
         let mut guest = Self::unmounted(&args.image, &args.file, access)?;
         guest.mount(args).map_err(|failure| failure.of(&shown_file(&args.file)))?;
+        Ok(guest)
+    }
+
+    /// Another image with the same options, to be read.
+    pub(crate) fn beside(args: &GuestArgs, file: &Path, format: Option<Format>) -> Result<Self, Failure> {
+        let drive = Drive::as_format(&args.image, file, format)?;
+        let mut guest = Self::on(&args.image, file, Access::Read, drive)?;
+        guest.mount(args).map_err(|failure| failure.of(&shown_file(file)))?;
         Ok(guest)
     }
 
@@ -277,55 +290,71 @@ impl Guest {
         let (itself, names): (Vec<_>, Vec<_>) = names.into_iter().partition(Vec::is_empty);
         for path in itself {
             let meta = self.lstat(folder)?;
-            entries.push(Entry { path, meta: Some(meta), target: None });
+            let target = if meta.is(FileType::Link) { Some(self.readlink(folder)?) } else { None };
+            entries.push(Entry { path, meta: Some(meta), target });
         }
-        let mut left = names.into_iter().peekable();
-        while left.peek().is_some() {
-            let mut bytes = 0_usize;
-            let mut batch = Vec::new();
-            while let Some(name) = left.next_if(|name| {
-                bytes = bytes.saturating_add(name.len());
-                batch.is_empty() || batch.len() < BATCH && bytes <= BATCH_BYTES
-            }) {
-                batch.push(name);
-            }
-            let output = self.call(Command::new("lstatnslist").arg(folder).list(&batch))?;
-            let records = Record::list(&output);
-            if records.len() != batch.len() {
-                return Err(strange("lstatnslist", folder));
-            }
-            for (path, record) in batch.into_iter().zip(&records) {
-                if let Some(meta) = Meta::from_record(record) {
-                    entries.push(Entry { path, meta: Some(meta), target: None });
-                }
+        // Both calls take names in one folder, not paths.
+        let mut folders: BTreeMap<Vec<u8>, Vec<Vec<u8>>> = BTreeMap::new();
+        for path in names {
+            let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
+                Some(slash) => path.split_at(slash),
+                None => (&b""[..], path.as_slice()),
+            };
+            let name = name.strip_prefix(b"/").unwrap_or(name).to_vec();
+            folders.entry(parent.to_vec()).or_default().push(name);
+        }
+        for (parent, names) in folders {
+            let full = if parent.is_empty() { folder.to_vec() } else { join(folder, &parent) };
+            let mut left = names.as_slice();
+            while !left.is_empty() {
+                let (batch, rest) = left.split_at(batch_len(left));
+                left = rest;
+                self.add_entries(&full, &parent, batch, &mut entries)?;
             }
         }
-        self.add_targets(folder, &mut entries)?;
+        entries.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(entries)
     }
 
-    /// Adds the targets of links. readlinklist answers with lines, so that a target with a line end must be asked for
-    /// alone.
-    fn add_targets(&mut self, folder: &[u8], entries: &mut [Entry]) -> Result<(), Failure> {
-        let mut links: Vec<&mut Entry> = entries
-            .iter_mut()
-            .filter(|entry| entry.meta.is_some_and(|meta| meta.is(FileType::Link)))
-            .collect();
-        for batch in links.chunks_mut(BATCH) {
-            let names =
-                batch.iter().map(|entry| if entry.path.is_empty() { b"." } else { entry.path.as_slice() });
-            let output = self.call(Command::new("readlinklist").arg(folder).list(names))?;
-            let targets: Vec<&[u8]> = lines(&output).collect();
-            let plain = targets.len() == batch.len();
-            for (index, entry) in batch.iter_mut().enumerate() {
-                entry.target = match targets.get(index) {
-                    Some(target) if plain && !target.is_empty() => Some(target.to_vec()),
-                    _ if entry.path.is_empty() => Some(self.readlink(folder)?),
-                    _ => Some(self.readlink(&join(folder, &entry.path))?),
-                };
-            }
+    /// Adds what `names` in the folder `full` are; `parent` is how the folder is called in the listing.
+    fn add_entries(
+        &mut self,
+        full: &[u8],
+        parent: &[u8],
+        names: &[Vec<u8>],
+        entries: &mut Vec<Entry>,
+    ) -> Result<(), Failure> {
+        let output = self.call(Command::new("lstatnslist").arg(full).list(names))?;
+        let records = Record::list(&output);
+        if records.len() != names.len() {
+            return Err(strange("lstatnslist", full));
+        }
+        let found = || {
+            names.iter().zip(&records).filter_map(|(name, record)| Some((name, Meta::from_record(record)?)))
+        };
+        let links: Vec<&Vec<u8>> =
+            found().filter(|(_, meta)| meta.is(FileType::Link)).map(|(name, _)| name).collect();
+        let mut targets = self.targets(full, &links)?.into_iter();
+        for (name, meta) in found() {
+            let path = if parent.is_empty() { name.clone() } else { join(parent, name) };
+            let target = if meta.is(FileType::Link) { targets.next() } else { None };
+            entries.push(Entry { path, meta: Some(meta), target });
         }
         Ok(())
+    }
+
+    /// The targets of links in a folder. readlinklist answers with lines, so that where a target has a line end each is
+    /// asked for alone.
+    fn targets(&mut self, folder: &[u8], links: &[&Vec<u8>]) -> Result<Vec<Vec<u8>>, Failure> {
+        if links.is_empty() {
+            return Ok(Vec::new());
+        }
+        let output = self.call(Command::new("readlinklist").arg(folder).list(links))?;
+        let targets: Vec<Vec<u8>> = lines(&output).map(<[u8]>::to_vec).collect();
+        if targets.len() == links.len() {
+            return Ok(targets);
+        }
+        links.iter().map(|name| self.readlink(&join(folder, name))).collect()
     }
 
     /// Copies a file of the guest to `output`.
@@ -367,6 +396,16 @@ impl Guest {
         let result = self.session.send(command, input, output);
         result.map_err(|error| self.watch.failure(error))
     }
+}
+
+/// How many of the names go into one call; at least one.
+fn batch_len(names: &[Vec<u8>]) -> usize {
+    let mut bytes = 0_usize;
+    let fits = |name: &&Vec<u8>| {
+        bytes = bytes.saturating_add(name.len());
+        bytes <= BATCH_BYTES
+    };
+    names.iter().take(BATCH).take_while(fits).count().max(1)
 }
 
 fn path_of(path: &[u8]) -> &Path {

@@ -86,10 +86,11 @@ fn open_volume(guest: &mut Guest, device: &str, uuid: &str, key: &Key) -> bool {
     matches!(guest.try_call(command), Ok(Some(_)))
 }
 
-fn read(source: &KeySource, device: &str) -> io::Result<Vec<u8>> {
+/// The passphrase for `what`, from where it is to come.
+pub(crate) fn read(source: &KeySource, what: &str) -> io::Result<Vec<u8>> {
     match source {
         KeySource::File(path) => read_file(path),
-        KeySource::Prompt => prompt(&format!("Passphrase of {device}: ")),
+        KeySource::Prompt => prompt(&format!("Passphrase of {what}: ")),
     }
 }
 

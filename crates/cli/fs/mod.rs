@@ -2,12 +2,16 @@
 
 pub(crate) mod args;
 mod copy;
-mod drive;
+mod customize;
+mod diff;
+pub(crate) mod drive;
 mod edit;
+mod external;
 mod extract;
 #[cfg(test)]
 mod extract_tests;
 mod files;
+mod grow;
 mod guest;
 mod inspect;
 mod keys;
@@ -17,10 +21,13 @@ mod meta;
 mod name;
 mod output;
 mod pack;
+mod registry;
 mod reply;
 mod run;
 mod settings;
+mod sparsify;
 mod table;
+mod tools;
 mod watch;
 
 use args::{FsArgs, Verb};
@@ -44,6 +51,16 @@ pub(crate) fn run(args: FsArgs) -> Result<Exit, Failure> {
         Verb::Rm(args) => files::rm(&args),
         Verb::Mkdir(args) => files::mkdir(&args),
         Verb::Edit(args) => edit::edit(&args),
+        Verb::Diff(args) => diff::diff(&args),
         Verb::Run(args) => run::run(&args),
+        Verb::Customize(args) => customize::customize(&args),
+        Verb::Sysprep(args) => customize::sysprep(&args),
+        Verb::Sparsify(args) => sparsify::sparsify(&args),
+        Verb::Grow(args) => grow::grow(&args),
+        Verb::Mount(args) => tools::mount(&args),
+        Verb::Umount(args) => tools::umount(&args),
+        Verb::Registry(verb) => registry::registry(&verb),
+        Verb::Script(args) => tools::script(&args),
+        Verb::Shell(args) => tools::shell(&args),
     }
 }

@@ -23,6 +23,11 @@ pub(crate) fn received() -> Option<i32> {
     Some(RECEIVED.load(Relaxed)).filter(|&signal| signal != 0)
 }
 
+/// Watches for signals, for a child that is to be told of them.
+pub(crate) fn install() -> Result<(), Failure> {
+    cancel().map(drop)
+}
+
 /// Cancels every session at the first signal and ends the program at the second.
 fn cancel() -> Result<Cancel, Failure> {
     static CANCEL: OnceLock<Cancel> = OnceLock::new();

@@ -1,0 +1,182 @@
+//! libguestfs' own programs, where a verb is one of them: guestfish, guestmount, virt-customize and their like.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command as Process, ExitStatus, Output};
+use std::thread::sleep;
+use std::time::Duration;
+
+use diskmill_guestfs::Settings;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::args::{GuestArgs, Key, KeySource};
+use super::keys;
+use super::settings::{SettingsArgs, settings};
+use super::watch;
+use crate::exit::{Exit, Failure};
+
+/// How often a child is looked after.
+const TICK: Duration = Duration::from_millis(50);
+
+/// A program of libguestfs with the settings of the session in its environment.
+pub(crate) struct Tool {
+    name: &'static str,
+    process: Process,
+    /// Passphrases, in files for us alone; removed when the tool has ended.
+    secrets: Vec<tempfile::NamedTempFile>,
+}
+
+impl Tool {
+    pub(crate) fn new(name: &'static str, args: &SettingsArgs) -> Result<Self, Failure> {
+        let (settings, _) = settings(args)?;
+        let mut process = Process::new(name);
+        set_environment(&mut process, &settings);
+        Ok(Self { name, process, secrets: Vec::new() })
+    }
+
+    pub(crate) fn arg(&mut self, arg: impl AsRef<OsStr>) -> &mut Self {
+        self.process.arg(arg);
+        self
+    }
+
+    pub(crate) fn args(&mut self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> &mut Self {
+        self.process.args(args);
+        self
+    }
+
+    pub(crate) fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// `--key` for each volume. A passphrase stands in a file, never among the arguments.
+    pub(crate) fn keys(&mut self, keys: &[Key]) -> Result<&mut Self, Failure> {
+        for key in keys {
+            let Some(device) = &key.device else {
+                return Err(Failure::usage(format!(
+                    "{} must be told which volume a passphrase is for: --key DEVICE:prompt or --key DEVICE:file:PATH",
+                    self.name
+                )));
+            };
+            let mut selector = OsString::from(format!("{device}:file:"));
+            selector.push(self.secret(&key.source, device)?);
+            self.process.arg("--key").arg(selector);
+        }
+        Ok(self)
+    }
+
+    /// The name of a file with a passphrase in it.
+    pub(crate) fn secret(&mut self, source: &KeySource, what: &str) -> Result<OsString, Failure> {
+        if let KeySource::File(path) = source {
+            return Ok(path.as_os_str().to_owned());
+        }
+        let failed = |error: io::Error| Failure::failed(format!("cannot read the passphrase: {error}"));
+        let secret = keys::read(source, what).map_err(failed)?;
+        let mut file = tempfile::Builder::new().prefix("diskmill-").tempfile().map_err(failed)?;
+        file.write_all(&secret).map_err(failed)?;
+        let name = file.path().as_os_str().to_owned();
+        self.secrets.push(file);
+        Ok(name)
+    }
+
+    /// `-i`, or what is to be mounted.
+    pub(crate) fn mounts(&mut self, args: &GuestArgs) -> Result<&mut Self, Failure> {
+        if args.root.is_some() {
+            return Err(Failure::usage(format!(
+                "--root is not supported by {}: mount with -m DEVICE:FOLDER",
+                self.name
+            )));
+        }
+        if args.mount.is_empty() {
+            self.process.arg("-i");
+        }
+        for spec in &args.mount {
+            let mut text = format!("{}:{}", spec.device, spec.folder);
+            if !spec.options.is_empty() || !spec.fstype.is_empty() {
+                text = format!("{text}:{}", spec.options);
+            }
+            if !spec.fstype.is_empty() {
+                text = format!("{text}:{}", spec.fstype);
+            }
+            self.process.arg("-m").arg(text);
+        }
+        Ok(self)
+    }
+
+    /// Runs it to its end. A signal to us ends it too.
+    pub(crate) fn run(mut self) -> Result<ExitStatus, Failure> {
+        watch::install()?;
+        let mut child = self.process.spawn().map_err(|error| not_started(self.name, &error))?;
+        let status = wait(&mut child).map_err(|error| Failure::failed(format!("{}: {error}", self.name)))?;
+        match watch::received() {
+            Some(signal) => {
+                Err(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) })
+            }
+            None => Ok(status),
+        }
+    }
+
+    /// Runs it and keeps what it prints.
+    pub(crate) fn output(mut self) -> Result<Output, Failure> {
+        self.process.output().map_err(|error| not_started(self.name, &error))
+    }
+
+    /// Runs it; anything but success is an error, which the tool has explained on standard error.
+    pub(crate) fn run_well(self) -> Result<(), Failure> {
+        let name = self.name;
+        let status = self.run()?;
+        if status.success() { Ok(()) } else { Err(Failure::failed(format!("{name} failed ({status})"))) }
+    }
+}
+
+fn wait(child: &mut Child) -> io::Result<ExitStatus> {
+    let mut told = false;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if watch::received().is_some() && !told {
+            told = true;
+            if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::TERM);
+            }
+        }
+        sleep(TICK);
+    }
+}
+
+/// How a program ended, as a shell says it.
+pub(crate) fn exit_of(status: ExitStatus) -> Exit {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::Command(u8::try_from(code).unwrap_or(1)),
+        (None, Some(signal)) => Exit::Signal(signal),
+        (None, None) => Exit::Failed,
+    }
+}
+
+pub(crate) fn not_started(name: &str, error: &io::Error) -> Failure {
+    if error.kind() == io::ErrorKind::NotFound {
+        return Failure::failed(format!(
+            "{name} is not installed (Debian: guestfish, guestmount and guestfs-tools); `diskmill doctor` tells what this \
+             machine lacks"
+        ));
+    }
+    Failure::failed(format!("cannot run {name}: {error}"))
+}
+
+/// The variables of guestfs(3), "ENVIRONMENT VARIABLES". What is not set is inherited.
+fn set_environment(process: &mut Process, settings: &Settings) {
+    process.env("LIBGUESTFS_BACKEND", &settings.backend);
+    let mut set = |name: &str, value: Option<OsString>| {
+        if let Some(value) = value {
+            process.env(name, value);
+        }
+    };
+    set("LIBGUESTFS_BACKEND_SETTINGS", settings.backend_settings.clone().map(Into::into));
+    set("LIBGUESTFS_MEMSIZE", settings.memory_mib.map(|mib| mib.to_string().into()));
+    set("LIBGUESTFS_SMP", settings.cpus.map(|cpus| cpus.to_string().into()));
+    set("LIBGUESTFS_CACHEDIR", settings.cache_dir.clone().map(Into::into));
+    set("LIBGUESTFS_TMPDIR", settings.tmp_dir.clone().map(Into::into));
+    set("LIBGUESTFS_PATH", settings.appliance.clone().map(Into::into));
+    set("LIBGUESTFS_HV", settings.hypervisor.clone().map(Into::into));
+}

@@ -1,0 +1,215 @@
+//! `grow`: image, partition, logical volume and file system, from the outside in.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use clap::Args;
+use diskmill::{Format, Image, parse_size};
+use diskmill_guestfs::Command;
+use serde_json::json;
+
+use super::args::ImageArgs;
+use super::guest::{Access, Guest};
+use super::output::print_json;
+use super::reply::{Record, texts};
+use crate::exit::{Exit, Failure};
+use crate::names;
+
+#[derive(Debug, Args)]
+pub(crate) struct GrowArgs {
+    #[command(flatten)]
+    pub(crate) image: ImageArgs,
+
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub(crate) file: PathBuf,
+
+    /// New size of the disk, or +SIZE; without it only partition and file system grow
+    #[arg(value_name = "SIZE")]
+    pub(crate) size: Option<String>,
+
+    /// The partition to grow [default: the last one]
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) partition: Option<String>,
+
+    /// The logical volume to grow, when the partition is part of LVM [default: the only one]
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) lv: Option<String>,
+}
+
+/// Sectors of the second GPT at the end of the disk: its header and 128 entries of 128 bytes (UEFI 2.10, 5.3).
+const GPT_END: u64 = 33;
+const SECTOR: u64 = 512;
+/// Sectors in 1 MiB, to which partitions are aligned.
+const ALIGNMENT: u64 = 2048;
+
+pub(crate) fn grow(args: &GrowArgs) -> Result<Exit, Failure> {
+    let before = Image::open(&args.file, &args.image.open.options(args.image.format))?;
+    let (format, old_size) = (before.info().format, before.size());
+    drop(before);
+    let new_size = match &args.size {
+        Some(text) => wanted_size(text, old_size)?,
+        None => old_size,
+    };
+    if new_size > old_size {
+        grow_image(args, format, new_size)?;
+    }
+    let mut guest = Guest::unmounted(&args.image, &args.file, Access::Write)?;
+    guest.take_mounts()?;
+    let grown = grow_inside(&mut guest, args)?;
+    guest.finish()?;
+    if args.image.json {
+        return print_json(&json!({ "size-before": old_size, "size": new_size, "grown": grown }));
+    }
+    if !args.image.quiet {
+        eprintln!("diskmill: grown: {}", names::shown(&grown.join(", ")));
+    }
+    Ok(Exit::Done)
+}
+
+/// The size that was typed, or that the disk shall have more. Whole sectors.
+fn wanted_size(text: &str, old: u64) -> Result<u64, Failure> {
+    let wrong = |why: &str| Failure::usage(format!("the size {text:?} {why}"));
+    let (more, number) = match text.strip_prefix('+') {
+        Some(number) => (true, number),
+        None => (false, text),
+    };
+    let size = parse_size(number).map_err(|error| Failure::usage(error.to_string()))?;
+    let size = if more { old.checked_add(size) } else { Some(size) };
+    let size =
+        size.and_then(|size| size.checked_next_multiple_of(SECTOR)).ok_or_else(|| wrong("is too large"))?;
+    if size < old {
+        return Err(wrong("is smaller than the disk is: shrinking is not supported here"));
+    }
+    Ok(size)
+}
+
+fn grow_image(args: &GrowArgs, format: Format, size: u64) -> Result<(), Failure> {
+    if format != Format::Raw {
+        return Err(Failure::failed(format!(
+            "growing a {} image here is not supported yet: resize it first, then run `diskmill fs grow` without SIZE",
+            format.name()
+        )));
+    }
+    let failed =
+        |error: std::io::Error| Failure::failed(format!("{:?}: cannot be grown: {error}", args.file));
+    let file = File::options().write(true).open(&args.file).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Failure::failed(format!("{:?} is a device: it cannot be grown", args.file)));
+    }
+    file.set_len(size).map_err(failed)
+}
+
+/// Grows partition, volume and file system; says which.
+fn grow_inside(guest: &mut Guest, args: &GrowArgs) -> Result<Vec<String>, Failure> {
+    const DISK: &str = "/dev/sda";
+    let mut grown = Vec::new();
+    let Some(table) = guest.try_call(Command::new("part-get-parttype").arg(DISK))? else {
+        grow_content(guest, DISK, args, &mut grown)?;
+        return Ok(grown);
+    };
+    let gpt = table.starts_with(b"gpt");
+    if gpt {
+        // Moves the second table to the new end.
+        guest.call(Command::new("part-expand-gpt").arg(DISK))?;
+    }
+    let parts = Record::list(&guest.call(Command::new("part-list").arg(DISK))?);
+    let last = parts
+        .iter()
+        .max_by_key(|part| part.number::<u64>("part_start"))
+        .and_then(|part| part.number::<u32>("part_num"));
+    let last = last.ok_or_else(|| Failure::failed("the partition table is empty"))?;
+    let partition = args.partition.clone().unwrap_or_else(|| format!("{DISK}{last}"));
+    if partition != format!("{DISK}{last}") {
+        return Err(Failure::failed(format!(
+            "{partition} is not the last partition of the disk, or not there: only {DISK}{last} can grow"
+        )));
+    }
+    let number = last.to_string();
+    if !gpt && guest.text(Command::new("part-get-mbr-part-type").arg(DISK).arg(&number))? == "logical" {
+        return Err(Failure::failed(format!(
+            "{partition} is a logical partition: growing one is not supported"
+        )));
+    }
+    let size: u64 = guest
+        .text(Command::new("blockdev-getsize64").arg(DISK))?
+        .parse()
+        .map_err(|_| Failure::failed("the size of the disk is not understood"))?;
+    let sectors = size / SECTOR;
+    // sgdisk, behind part-expand-gpt, ends what may be used at a multiple of its alignment.
+    let end = if gpt { sectors.saturating_sub(GPT_END + 1) / ALIGNMENT * ALIGNMENT } else { sectors };
+    let end = end.checked_sub(1);
+    let end = end.ok_or_else(|| Failure::failed("the disk is too small"))?;
+    let part_end = parts.iter().filter_map(|part| part.number::<u64>("part_end")).max().unwrap_or(0);
+    if part_end / SECTOR < end {
+        guest.call(Command::new("part-resize").arg(DISK).arg(&number).arg(end.to_string()))?;
+        grown.push(partition.clone());
+    }
+    grow_content(guest, &partition, args, &mut grown)?;
+    Ok(grown)
+}
+
+/// Grows what is on a device up to the device's size.
+fn grow_content(
+    guest: &mut Guest,
+    device: &str,
+    args: &GrowArgs,
+    grown: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let content = guest.text(Command::new("vfs-type").arg(device))?;
+    let on = |command: &str| Command::new(command).arg(device);
+    match content.as_str() {
+        "ext2" | "ext3" | "ext4" => {
+            // resize2fs wants a file system that was checked just now.
+            guest.call(on("e2fsck").opt("correct", "true"))?;
+            guest.call(on("resize2fs"))?;
+        }
+        "xfs" => in_mounted(guest, device, Command::new("xfs-growfs").arg("/"))?,
+        "btrfs" => in_mounted(guest, device, Command::new("btrfs-filesystem-resize").arg("/"))?,
+        "ntfs" => drop(guest.call(on("ntfsresize"))?),
+        "f2fs" => drop(guest.call(on("f2fs-expand"))?),
+        "LVM2_member" => {
+            guest.call(on("pvresize"))?;
+            let volumes = texts(&guest.call(Command::new("lvs"))?);
+            let volume = match (&args.lv, volumes.as_slice()) {
+                (Some(volume), _) => volume,
+                (None, [only]) => only,
+                (None, several) => {
+                    let list = several.join(", ");
+                    return Err(Failure::failed(format!(
+                        "which logical volume shall grow? --lv DEVICE, of: {list}"
+                    )));
+                }
+            };
+            guest.call(Command::new("lvresize-free").arg(volume).arg("100"))?;
+            grown.push(volume.clone());
+            return grow_content(guest, &volume.clone(), args, grown);
+        }
+        other => {
+            guest.remark(&format!("{device}: growing \"{}\" is not supported", names::shown(other)));
+            return Ok(());
+        }
+    }
+    grown.push(format!("{content} on {device}"));
+    Ok(())
+}
+
+fn in_mounted(guest: &mut Guest, device: &str, command: Command) -> Result<(), Failure> {
+    guest.call(Command::new("mount").arg(device).arg("/"))?;
+    guest.call(command)?;
+    guest.call(Command::new("umount").arg("/")).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_absolute_or_more() {
+        assert_eq!(wanted_size("2M", 1 << 20).unwrap(), 2 << 20);
+        assert_eq!(wanted_size("+1000", 1 << 20).unwrap(), (1 << 20) + 1024);
+        for wrong in ["", "+", "1k", "x", "+9223372036854775807"] {
+            assert!(wanted_size(wrong, u64::MAX / 2 + 512).is_err(), "{wrong}");
+        }
+    }
+}

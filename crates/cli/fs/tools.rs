@@ -1,0 +1,194 @@
+//! `mount`, `umount`, `script`, `shell`: guestmount and guestfish themselves, on an image that we have checked and serve.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use super::args::GuestArgs;
+use super::copy::host_failure;
+use super::drive::Drive;
+use super::external::{Tool, exit_of, not_started};
+use super::guest::Access;
+use super::output::print_json;
+use crate::exit::{Exit, Failure};
+use crate::names;
+
+/// How long guestmount may write back after its file system was unmounted.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Args)]
+pub(crate) struct MountArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+
+    /// The folder of the host
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: PathBuf,
+
+    /// Let the image be changed
+    #[arg(short = 'w', long)]
+    pub(crate) write: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UmountArgs {
+    /// Print one JSON value
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// The folder of the host
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ScriptArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+
+    /// The commands; `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub(crate) script: PathBuf,
+
+    /// Let the image be changed
+    #[arg(short = 'w', long)]
+    pub(crate) write: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShellArgs {
+    #[command(flatten)]
+    pub(crate) guest: GuestArgs,
+
+    /// Let the image be changed
+    #[arg(short = 'w', long)]
+    pub(crate) write: bool,
+}
+
+pub(crate) fn script(args: &ScriptArgs) -> Result<Exit, Failure> {
+    let mut tool = guestfish(&args.guest, args.write)?;
+    if args.script != Path::new("-") {
+        tool.tool.arg("-f").arg(&args.script);
+    }
+    if !args.guest.image.json {
+        return Ok(exit_of(tool.tool.run()?));
+    }
+    let status = tool.tool.output()?;
+    print_json(&json!({
+        "exit-code": status.status.code(),
+        "stdout": String::from_utf8_lossy(&status.stdout),
+        "stderr": String::from_utf8_lossy(&status.stderr),
+    }))?;
+    Ok(exit_of(status.status))
+}
+
+pub(crate) fn shell(args: &ShellArgs) -> Result<Exit, Failure> {
+    if args.guest.image.json {
+        return Err(Failure::usage("shell --json is not supported: it is for people; see script --json"));
+    }
+    Ok(exit_of(guestfish(&args.guest, args.write)?.tool.run()?))
+}
+
+/// A tool, and what its appliance reads the image through.
+struct WithDrive {
+    tool: Tool,
+    _drive: Drive,
+}
+
+fn guestfish(args: &GuestArgs, write: bool) -> Result<WithDrive, Failure> {
+    if args.image.keep {
+        return Err(Failure::usage("--keep is not supported here: guestfish has a session of its own"));
+    }
+    let access = if write { Access::Write } else { Access::Read };
+    let drive = Drive::open(&args.image, &args.file, access, false)?;
+    let mut tool = Tool::new("guestfish", &args.image.settings)?;
+    tool.arg(if write { "--rw" } else { "--ro" })
+        .args(drive.tool_arguments())
+        .keys(&args.image.key)?
+        .mounts(args)?;
+    Ok(WithDrive { tool, _drive: drive })
+}
+
+pub(crate) fn mount(args: &MountArgs) -> Result<Exit, Failure> {
+    let folder = fs::canonicalize(&args.folder).map_err(|error| host_failure(&args.folder, &error))?;
+    let pid_file = pid_file(&folder)?;
+    let access = if args.write { Access::Write } else { Access::Read };
+    let drive = Drive::open(&args.guest.image, &args.guest.file, access, true)?;
+    let mut tool = Tool::new("guestmount", &args.guest.image.settings)?;
+    tool.arg(if args.write { "--rw" } else { "--ro" }).args(drive.tool_arguments());
+    tool.keys(&args.guest.image.key)?.mounts(&args.guest)?;
+    tool.arg("--pid-file").arg(&pid_file).arg("--").arg(&folder);
+    // What stays behind must not hold our outputs open.
+    let said = tempfile::NamedTempFile::new()
+        .map_err(|error| Failure::failed(format!("cannot make a file: {error}")))?;
+    let stderr = said.reopen().map_err(|error| host_failure(said.path(), &error))?;
+    tool.process().stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    let status = tool.run()?;
+    if !status.success() {
+        let text = fs::read_to_string(said.path()).unwrap_or_default();
+        return Err(Failure::failed(format!("guestmount failed ({status}): {}", names::shown(text.trim()))));
+    }
+    let pid = read_pid(&pid_file).ok_or_else(|| Failure::failed("guestmount does not tell its process"))?;
+    drive.release(pid)?;
+    if args.guest.image.json {
+        return print_json(
+            &json!({ "mounted": folder.to_string_lossy(), "pid": pid, "writable": args.write }),
+        );
+    }
+    Ok(Exit::Done)
+}
+
+pub(crate) fn umount(args: &UmountArgs) -> Result<Exit, Failure> {
+    let folder = std::path::absolute(&args.folder).map_err(|error| host_failure(&args.folder, &error))?;
+    // Not canonicalize: the file system may hang.
+    let pid_file = pid_file(&folder)?;
+    let pid = read_pid(&pid_file);
+    let status = Process::new("guestunmount").arg("--").arg(&folder).status();
+    let status = status.map_err(|error| not_started("guestunmount", &error))?;
+    if !status.success() {
+        return Err(Failure::failed(format!("guestunmount {folder:?} failed ({status})")));
+    }
+    // guestmount(1), "--pid-file": the image is whole when the process has ended.
+    let end = Instant::now() + UNMOUNT_LIMIT;
+    while pid.is_some_and(runs) {
+        if Instant::now() > end {
+            return Err(Failure::failed(format!(
+                "guestmount (process {}) is still writing",
+                pid.unwrap_or(0)
+            )));
+        }
+        sleep(Duration::from_millis(20));
+    }
+    let _ = fs::remove_file(&pid_file);
+    if args.json {
+        return print_json(&json!({ "unmounted": folder.to_string_lossy() }));
+    }
+    Ok(Exit::Done)
+}
+
+/// Whether a process has not ended; one that nobody has waited for has.
+fn runs(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    !state.is_empty() && !state.starts_with('Z')
+}
+
+/// Where the process of a mount is noted, by the folder's name.
+fn pid_file(folder: &Path) -> Result<PathBuf, Failure> {
+    let place = super::drive::run_folder()
+        .map_err(|error| Failure::failed(format!("no run-time folder: {error}")))?;
+    let hash: String =
+        Sha256::digest(folder.as_os_str().as_bytes()).iter().take(12).map(|b| format!("{b:02x}")).collect();
+    Ok(place.join(format!("mount-{hash}.pid")))
+}
+
+fn read_pid(file: &Path) -> Option<i32> {
+    fs::read_to_string(file).ok()?.trim().parse().ok()
+}
