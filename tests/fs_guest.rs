@@ -1,6 +1,7 @@
 //! `diskmill fs` on a whole operating system: a Debian made by debootstrap.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
+#[allow(dead_code, reason = "not every test needs all of it")]
 #[path = "support/guestfs.rs"]
 mod guestfs;
 

@@ -2,6 +2,7 @@
 //! that go in and come out unchanged.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
+#[allow(dead_code, reason = "not every test needs all of it")]
 #[path = "support/guestfs.rs"]
 mod guestfs;
 
