@@ -1,5 +1,4 @@
 //! The options of fresh images: names, types and the help of QEMU's drivers.
-#![allow(dead_code, reason = "amend is to follow")]
 
 use diskmill::parse_size;
 

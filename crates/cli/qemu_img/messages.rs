@@ -38,6 +38,7 @@ fn reason(error: &Error, path: &Path, format: Option<Format>) -> String {
             None => error.to_string(),
         },
         (Kind::Busy, _) => locked(error, &name),
+        (Kind::Corrupt, _) if error.to_string().contains("the L1 table has") => "Image is too big".to_owned(),
         _ => error.to_string(),
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Where texts or behaviour differ on purpose stands in `docs/qemu-img.md`.
 
+mod amend;
 mod bench;
 mod check;
 mod compare;
@@ -73,7 +74,8 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 8] = [
+const COMMANDS: [(&str, Run); 9] = [
+    ("amend", amend::run),
     ("bench", bench::run),
     ("check", check::run),
     ("compare", compare::run),
@@ -85,7 +87,7 @@ const COMMANDS: [(&str, Run); 8] = [
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: [&str; 7] = ["amend", "bitmap", "commit", "measure", "rebase", "resize", "snapshot"];
+const MISSING: [&str; 6] = ["bitmap", "commit", "measure", "rebase", "resize", "snapshot"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {
