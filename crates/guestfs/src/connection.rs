@@ -31,8 +31,28 @@ pub(crate) struct Patience<'a> {
     pub(crate) cancel: &'a Cancel,
     /// The longest time without any sign of life.
     pub(crate) silence: Option<Duration>,
+    /// The end of the wait whatever happens.
+    pub(crate) until: Option<Instant>,
     /// Called a few times a second: whether the work is seen to go on.
     pub(crate) alive: &'a mut dyn FnMut() -> bool,
+}
+
+impl Patience<'_> {
+    /// How long to wait before looking again.
+    fn left(&self, heard: Instant) -> Result<Duration> {
+        let mut left = TICK;
+        if let Some(limit) = self.silence {
+            left = left.min(limit.checked_sub(heard.elapsed()).ok_or_else(|| {
+                let limit = limit.as_secs_f32();
+                Error::new(Kind::Timeout, format!("no answer and no sign of life for {limit} s"))
+            })?);
+        }
+        if let Some(until) = self.until {
+            let rest = until.checked_duration_since(Instant::now());
+            left = left.min(rest.ok_or_else(|| Error::new(Kind::Timeout, "not done in time"))?);
+        }
+        Ok(left)
+    }
 }
 
 /// A stream for a command to read, through a pipe.
@@ -192,18 +212,7 @@ impl Connection {
         patience: &Patience<'_>,
         heard: Instant,
     ) -> Result<Ready> {
-        let left = match patience.silence {
-            None => TICK,
-            Some(limit) => match limit.checked_sub(heard.elapsed()) {
-                Some(left) => left.min(TICK),
-                None => {
-                    return Err(Error::new(
-                        Kind::Timeout,
-                        format!("no answer and no sign of life for {} s", limit.as_secs()),
-                    ));
-                }
-            },
-        };
+        let left = patience.left(heard)?;
         let left = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
         let mut socket = PollFlags::IN;
         socket.set(PollFlags::OUT, !unsent.is_empty());

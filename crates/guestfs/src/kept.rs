@@ -1,8 +1,295 @@
 //! Sessions that outlive the program that started them.
 
-/// What the keeper is told to keep.
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::keeper::message::Server;
+use crate::place::{Place, root};
+use crate::process::ProcessId;
+use crate::{Disk, Error, Kind, Result};
+
+/// The version of [`State`]; another one is not ours to use.
+const VERSION: u32 = 1;
+/// A folder without a state is left alone so long: its keeper may be about to write it.
+const YOUNG: Duration = Duration::from_secs(60);
+/// How often a lock that somebody else holds is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+/// How long a session that was told to stop may take to write back and end.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a session's folder tells other processes: `state.json`, written by the keeper.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub(crate) struct State {
+    version: u32,
+    pub(crate) keeper: ProcessId,
+    pub(crate) place: Place,
+    /// Once guestfish listens.
+    pub(crate) server: Option<Server>,
+    /// Once the session is kept.
+    pub(crate) keep: Option<Keep>,
+}
+
+/// What the keeper is told to keep.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Keep {
     /// After how many seconds without use the session ends.
     pub(crate) idle_secs: u64,
+    /// The disks, in the appliance's order.
+    pub(crate) disks: Vec<KeptDisk>,
+}
+
+/// A disk with the identity of its file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct KeptDisk {
+    pub(crate) disk: Disk,
+    file: Option<Identity>,
+}
+
+/// A file, and for read-only disks its state: what the appliance has in its cache must still be true.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+struct Identity {
+    dev: u64,
+    ino: u64,
+    unchanged: Option<(u64, i64, i64)>,
+}
+
+impl KeptDisk {
+    pub(crate) fn new(disk: &Disk) -> Self {
+        let file = disk.path().and_then(|path| Identity::of(path, disk.is_writable()));
+        Self { disk: disk.clone(), file }
+    }
+
+    /// Whether it can serve where `wanted` is asked for: the same file in the same format, and writable if need be.
+    fn serves(&self, wanted: &Disk) -> bool {
+        if wanted.is_writable() && !self.disk.is_writable() {
+            return false;
+        }
+        match wanted.path() {
+            None => self.disk == *wanted,
+            Some(path) => {
+                self.disk.format() == wanted.format()
+                    && self.file.is_some()
+                    && self.file == Identity::of(path, self.disk.is_writable())
+            }
+        }
+    }
+}
+
+impl Identity {
+    fn of(path: &Path, writable: bool) -> Option<Self> {
+        let found = fs::metadata(path).ok()?;
+        let unchanged = (!writable).then(|| (found.size(), found.mtime(), found.mtime_nsec()));
+        Some(Self { dev: found.dev(), ino: found.ino(), unchanged })
+    }
+}
+
+impl State {
+    pub(crate) fn new(place: &Place) -> Result<Self> {
+        let own = rustix::process::getpid().as_raw_nonzero().get();
+        let keeper =
+            ProcessId::of(own).ok_or_else(|| Error::new(Kind::Io, "/proc does not show this process"))?;
+        Ok(Self { version: VERSION, keeper, place: place.clone(), server: None, keep: None })
+    }
+
+    pub(crate) fn write(&self) -> Result<()> {
+        let path = self.place.state();
+        let write = || -> io::Result<()> {
+            let fresh = path.with_extension("new");
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+            file.write_all(&serde_json::to_vec(self)?)?;
+            fs::rename(&fresh, &path)
+        };
+        write().map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+    }
+
+    fn read(path: &Path) -> Option<Self> {
+        let state: Self = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        // What it names is removed by us one day: only what stands where it says.
+        (state.version == VERSION && Some(state.place.dir.as_path()) == path.parent()).then_some(state)
+    }
+}
+
+/// A session that is kept: it runs on, and programs of this user may attach to it by
+/// [`Session::attach`](crate::Session::attach).
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub(crate) server: Server,
+    pub(crate) keeper: ProcessId,
+    keep: Keep,
+}
+
+impl Kept {
+    fn of(state: State) -> Option<Self> {
+        let (server, keep) = (state.server?, state.keep?);
+        let alive = state.keeper.is_alive() && server.process.is_alive();
+        alive.then_some(Self { server, keeper: state.keeper, keep })
+    }
+
+    /// One whose keeper has just said that it keeps it.
+    pub(crate) fn new(server: Server, keeper: Option<ProcessId>, keep: Keep) -> Result<Self> {
+        let keeper = keeper.ok_or_else(ended)?;
+        Ok(Self { server, keeper, keep })
+    }
+
+    /// All of this user's kept sessions that are alive.
+    #[must_use]
+    pub fn list() -> Vec<Self> {
+        states().filter_map(|(_, state)| Self::of(state?)).collect()
+    }
+
+    /// The kept session that has exactly these disks, unchanged, and may write to those that are to be written.
+    #[must_use]
+    pub fn find(disks: &[Disk]) -> Option<Self> {
+        Self::list().into_iter().find(|kept| {
+            kept.keep.disks.len() == disks.len()
+                && kept.keep.disks.iter().zip(disks).all(|(kept, wanted)| kept.serves(wanted))
+        })
+    }
+
+    /// The session's name.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.server.place.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// Its disks, in the appliance's order.
+    pub fn disks(&self) -> impl Iterator<Item = &Disk> {
+        self.keep.disks.iter().map(|kept| &kept.disk)
+    }
+
+    /// After how long without use it ends by itself.
+    #[must_use]
+    pub fn idle_limit(&self) -> Duration {
+        Duration::from_secs(self.keep.idle_secs)
+    }
+
+    /// How long it has not been used.
+    #[must_use]
+    pub fn idle(&self) -> Duration {
+        last_use(&self.server.place).and_then(|at| at.elapsed().ok()).unwrap_or_default()
+    }
+
+    /// The number of its guestfish process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.server.process.pid
+    }
+
+    /// Ends it, after everything written has been brought to its images, and waits until it is gone.
+    ///
+    /// # Errors
+    /// `Busy` if a program that uses it does not let go of it in time.
+    pub fn stop(&self) -> Result<()> {
+        self.keeper.signal(rustix::process::Signal::TERM);
+        if self.keeper.wait_gone(STOP_LIMIT) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Busy, format!("session {} is still in use", self.id())))
+    }
+}
+
+/// What was left of sessions whose programs were killed, keeper and all, is ended and removed. Returns the folders.
+/// Sessions that are alive are left alone. Every [`Session::open`](crate::Session::open) does it first.
+pub fn sweep() -> Vec<PathBuf> {
+    let mut swept = Vec::new();
+    for (dir, state) in states() {
+        let dead = match &state {
+            Some(state) => !state.keeper.is_alive(),
+            None => is_old(&dir),
+        };
+        if !dead {
+            continue;
+        }
+        // The folder's name was chosen at random and is in the environment of all that the session started.
+        let mut variable = b"XDG_RUNTIME_DIR=".to_vec();
+        variable.extend_from_slice(std::os::unix::ffi::OsStrExt::as_bytes(dir.as_os_str()));
+        for process in crate::process::with_variable(&variable) {
+            process.kill();
+            process.wait_gone(Duration::from_secs(5));
+        }
+        if let Some(state) = state {
+            if let Some(server) = &state.server {
+                let _ = fs::remove_file(&server.socket);
+            }
+            state.place.remove();
+        }
+        let _ = fs::remove_dir_all(&dir);
+        swept.push(dir);
+    }
+    swept
+}
+
+/// The folders below the root, with their states.
+fn states() -> impl Iterator<Item = (PathBuf, Option<State>)> {
+    let root = root();
+    // A root that is not ours alone is never written to; nothing in it is believed either.
+    let entries = crate::place::private_dir(&root).ok().and_then(|()| fs::read_dir(&root).ok());
+    entries.into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).map(
+        |dir| {
+            let state = State::read(&dir.join("state.json"));
+            (dir, state)
+        },
+    )
+}
+
+fn is_old(dir: &Path) -> bool {
+    let age = fs::metadata(dir).and_then(|found| found.modified()).ok().and_then(|at| at.elapsed().ok());
+    age.is_some_and(|age| age > YOUNG)
+}
+
+/// When somebody used the session last.
+pub(crate) fn last_use(place: &Place) -> Option<SystemTime> {
+    fs::metadata(place.lock()).and_then(|found| found.modified()).ok()
+}
+
+/// The right to talk to a session's guestfish, which serves one program at a time.
+#[derive(Debug)]
+pub(crate) struct Turn(File);
+
+impl Turn {
+    /// Waits for our turn, `limit` at the most.
+    ///
+    /// # Errors
+    /// `Busy` when others do not let go of it; `Died` when the session has ended meanwhile.
+    pub(crate) fn take(place: &Place, limit: Duration) -> Result<Self> {
+        let path = place.lock();
+        let doing = |e| Error::io(format!("cannot lock {}", path.display()), e);
+        // The keeper made it: making it here would put it into a folder that is being removed.
+        let file = match OpenOptions::new().write(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(ended()),
+            file => file.map_err(doing)?,
+        };
+        let end = Instant::now() + limit;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() >= end => {
+                    return Err(Error::new(Kind::Busy, "another program is using the session"));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => std::thread::sleep(RETRY),
+                Err(e) => return Err(doing(e.into())),
+            }
+        }
+        // The keeper that ends a session holds the lock until the file is gone.
+        let (ours, now) = (file.metadata().map_err(doing)?, fs::metadata(&path));
+        if now.is_ok_and(|now| now.ino() == ours.ino()) { Ok(Self(file)) } else { Err(ended()) }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // The time of the last use, from which idleness counts.
+        let _ = self.0.set_modified(SystemTime::now());
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+fn ended() -> Error {
+    Error::new(Kind::Died, "the session has ended")
 }

@@ -23,11 +23,13 @@
 mod cancel;
 mod command;
 mod connection;
+mod disk;
 mod error;
 mod keeper;
 mod kept;
 mod keys;
 mod messages;
+mod options;
 mod place;
 mod process;
 mod session;
@@ -37,8 +39,11 @@ pub mod wire;
 
 pub use cancel::Cancel;
 pub use command::Command;
+pub use disk::Disk;
 pub use error::{Error, Kind, Result};
 pub use keeper::keeper_main;
-pub use session::{Disk, Event, Listener, MAX_OUTPUT, Options, Session};
+pub use kept::{Kept, sweep};
+pub use options::{Event, Listener, Options};
+pub use session::{MAX_OUTPUT, Session};
 pub use settings::Settings;
 pub use watchdog::WatchdogCommand;

@@ -73,6 +73,21 @@ impl Place {
     pub(crate) fn keys(&self) -> PathBuf {
         self.dir.join("keys")
     }
+
+    /// Held by whoever talks to guestfish; its time is that of the last use.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    /// What other processes need to know of the session.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.dir.join("state.json")
+    }
+
+    /// What the programs that use the session tell each other.
+    pub(crate) fn notes(&self) -> PathBuf {
+        self.dir.join("notes.json")
+    }
 }
 
 /// Makes the folder if it is not there, and refuses one that others may enter.

@@ -3,9 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitOptions};
-#[cfg(test)]
-use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal};
 
 /// A process by number and start time, so that a number that was given away again is not taken for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -26,13 +24,11 @@ impl ProcessId {
         Stat::of(self.pid).is_some_and(|stat| stat.started == self.started && !stat.is_zombie())
     }
 
-    #[cfg(test)]
     /// Kills it, if it is still the same.
     pub(crate) fn kill(self) {
         self.signal(Signal::KILL);
     }
 
-    #[cfg(test)]
     /// Sends a signal, if it is still the same.
     pub(crate) fn signal(self, signal: Signal) {
         let Some(pid) = Pid::from_raw(self.pid) else { return };
@@ -44,7 +40,6 @@ impl ProcessId {
         }
     }
 
-    #[cfg(test)]
     /// Waits until it has ended; `false` if it has not after `limit`.
     pub(crate) fn wait_gone(self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
@@ -84,6 +79,20 @@ impl Stat {
     }
 }
 
+/// The processes of ours whose environment has exactly this variable, as `NAME=value`.
+pub(crate) fn with_variable(variable: &[u8]) -> Vec<ProcessId> {
+    let has = |pid: &i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&b| b == 0).any(|found| found == variable)
+    };
+    all().filter(has).filter_map(ProcessId::of).collect()
+}
+
+fn all() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
 /// The children of this process, zombies too.
 pub(crate) fn children() -> Vec<i32> {
     let own = rustix::process::getpid().as_raw_nonzero().get();
@@ -92,9 +101,7 @@ pub(crate) fn children() -> Vec<i32> {
 
 /// The children of the process `parent`.
 pub(crate) fn children_of(parent: i32) -> Vec<i32> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|&pid| Stat::of(pid).is_some_and(|stat| stat.parent == parent)).collect()
+    all().filter(|&pid| Stat::of(pid).is_some_and(|stat| stat.parent == parent)).collect()
 }
 
 /// Kills all descendants of this process and waits until they are gone. It must be their subreaper: whatever loses its

@@ -1,144 +1,26 @@
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::connection::{Connection, Input, Patience, Sink};
 use crate::keeper::message::{Reply, Request, Server};
+use crate::kept::{Keep, Kept, KeptDisk, Turn};
 use crate::keys::Keys;
 use crate::messages::{Messages, diagnose};
+use crate::process::{ProcessId, children_of};
 use crate::watchdog::Keeper;
 use crate::wire::{self, Status};
-use crate::{Cancel, Command, Error, Kind, Result, Settings, WatchdogCommand};
+use crate::{Command, Disk, Error, Event, Kind, Options, Result};
 
 /// The most that [`Session::call`] collects, in bytes; larger outputs go through [`Session::send`].
 pub const MAX_OUTPUT: usize = 256 << 20;
-
-/// A disk for the appliance.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Disk {
-    source: Source,
-    format: String,
-    writable: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Source {
-    File(PathBuf),
-    Nbd { socket: PathBuf, export: String },
-}
-
-impl Disk {
-    /// The image at `path`, read-only: what the guest writes goes into an overlay that ends with the session. The format,
-    /// in QEMU's words (`raw`, `qcow2`), is always named, so that nothing is probed.
-    pub fn file(path: impl Into<PathBuf>, format: impl Into<String>) -> Self {
-        Self { source: Source::File(path.into()), format: format.into(), writable: false }
-    }
-
-    /// What an NBD server offers on a Unix socket, as a raw disk, read-only. The default export has the empty name.
-    pub fn nbd(socket: impl Into<PathBuf>, export: impl Into<String>) -> Self {
-        let source = Source::Nbd { socket: socket.into(), export: export.into() };
-        Self { source, format: "raw".to_owned(), writable: false }
-    }
-
-    /// The same disk, to be written. QEMU holds the image's write lock while the session lasts.
-    #[must_use]
-    pub fn writable(mut self) -> Self {
-        self.writable = true;
-        self
-    }
-
-    /// Whether it may be written.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.writable
-    }
-
-    /// The image's file, unless it comes from a server.
-    #[must_use]
-    pub fn path(&self) -> Option<&Path> {
-        match &self.source {
-            Source::File(path) => Some(path),
-            Source::Nbd { .. } => None,
-        }
-    }
-
-    fn add(&self) -> Result<Command> {
-        let command = match &self.source {
-            // guestfish reads `file:///…` and the like as addresses, but only from its command line.
-            Source::File(path) => {
-                let path = std::path::absolute(path)
-                    .map_err(|e| Error::io(format!("cannot name {} in full", path.display()), e))?;
-                Command::new("add-drive").path(path)
-            }
-            Source::Nbd { socket, export } => {
-                let mut server = b"unix:".to_vec();
-                server.extend_from_slice(std::os::unix::ffi::OsStrExt::as_bytes(socket.as_os_str()));
-                Command::new("add-drive").arg(export).opt("protocol", "nbd").opt("server", server)
-            }
-        };
-        let readonly = if self.writable { "false" } else { "true" };
-        Ok(command.opt("readonly", readonly).opt("format", &self.format))
-    }
-}
-
-/// What a session tells while it works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event<'a> {
-    /// The start has come to this.
-    Step(&'a str),
-    /// So much of the start or of a long command is done.
-    Progress {
-        /// In units of its own.
-        done: u64,
-        /// In the same units; never 0.
-        total: u64,
-    },
-    /// What guestfish wrote to its standard error besides errors: warnings, and with `debug` or `trace` their output.
-    Message(&'a str),
-}
-
-/// Hears events.
-pub type Listener = Arc<dyn Fn(Event<'_>) + Send + Sync>;
-
-/// How a session is opened.
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct Options {
-    /// How the appliance is run.
-    pub settings: Settings,
-    /// The program that ends the appliance whatever becomes of us.
-    pub watchdog: WatchdogCommand,
-    /// Ends the session from another thread.
-    pub cancel: Cancel,
-    /// Hears what goes on.
-    pub listener: Option<Listener>,
-}
-
-impl Options {
-    /// The settings of the environment, and nobody who listens.
-    ///
-    /// # Errors
-    /// `Io` when the process has too many open files.
-    pub fn new(watchdog: WatchdogCommand) -> Result<Self> {
-        let cancel = Cancel::new().map_err(|e| Error::io("cannot make an event descriptor", e))?;
-        Ok(Self { settings: Settings::from_env(), watchdog, cancel, listener: None })
-    }
-
-    fn tell(&self, event: Event<'_>) {
-        if let Some(listener) = &self.listener {
-            listener(event);
-        }
-    }
-}
-
-impl fmt::Debug for Options {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Options").field("settings", &self.settings).finish_non_exhaustive()
-    }
-}
+/// What [`Session::read`] asks for at once, in bytes: a message of the appliance holds less than 4 MiB.
+const READ_CHUNK: usize = 2 << 20;
+/// How long we wait for another program that uses a kept session.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// How long the keeper may take to write down what it keeps.
+const KEEP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A running appliance with disks, and guestfish in front of it.
 ///
@@ -149,9 +31,20 @@ pub struct Session {
     connection: Option<Connection>,
     messages: Messages,
     server: Server,
-    keeper: Option<Keeper>,
+    owner: Owner,
     options: Options,
-    writable: bool,
+    disks: Vec<Disk>,
+    ended: bool,
+}
+
+/// Who ends the appliance.
+enum Owner {
+    /// We do, through our keeper.
+    Us(Keeper),
+    /// The keeper of a kept session, which we use for a while.
+    Kept(Turn),
+    /// It has ended.
+    Nobody,
 }
 
 impl Session {
@@ -164,7 +57,8 @@ impl Session {
         let until = Instant::now() + options.settings.start_timeout;
         options.tell(Event::Step("starting guestfish"));
         let mut keeper = Keeper::start(&options.watchdog)?;
-        keeper.ask(&Request::Start(Box::new(options.settings.clone())))?;
+        let writable = disks.iter().any(Disk::is_writable);
+        keeper.ask(&Request::Start { settings: Box::new(options.settings.clone()), writable })?;
         let server = loop {
             match keeper.reply(&options.cancel, until)? {
                 Reply::Note(note) => options.tell(Event::Step(&note)),
@@ -174,34 +68,107 @@ impl Session {
             }
         };
         let connection = Connection::open(&server.socket, &server.version)?;
-        let writable = disks.iter().any(Disk::is_writable);
         let mut session = Self {
             connection: Some(connection),
             messages: Messages::new(&server.place),
             server,
-            keeper: Some(keeper),
+            owner: Owner::Us(keeper),
             options,
-            writable,
+            disks: disks.to_vec(),
+            ended: false,
         };
-        session.launch(disks, until)?;
+        session.launch(until)?;
         Ok(session)
     }
 
-    fn launch(&mut self, disks: &[Disk], until: Instant) -> Result<()> {
+    /// Uses a session that was kept. It lives on when this one is dropped. One program at a time does so: others wait
+    /// for a minute. Its settings are those it was opened with; of `options`, the time limit of calls, the switch and
+    /// the listener count.
+    ///
+    /// # Errors
+    /// `Died` when it has ended meanwhile; `Busy` when another program does not let go of it.
+    pub fn attach(kept: &Kept, options: Options) -> Result<Self> {
+        let turn = Turn::take(&kept.server.place, TURN_LIMIT)?;
+        let connection = Connection::open(&kept.server.socket, &kept.server.version)?;
+        Ok(Self {
+            connection: Some(connection),
+            messages: Messages::new(&kept.server.place),
+            server: kept.server.clone(),
+            owner: Owner::Kept(turn),
+            options,
+            disks: kept.disks().cloned().collect(),
+            ended: false,
+        })
+    }
+
+    /// Lets go of the session without ending it: it can be attached to until nobody has done so for `idle`.
+    ///
+    /// # Errors
+    /// `Io` when the session's state cannot be written; `Invalid` when a disk's name is no UTF-8. The session ends then.
+    pub fn keep(mut self, idle: Duration) -> Result<Kept> {
+        let disks = self.disks.iter().map(KeptDisk::new).collect();
+        let keep = Keep { idle_secs: idle.as_secs(), disks };
+        // Lets the next program in, and its time is the first use.
+        self.connection = None;
+        drop(Turn::take(&self.server.place, TURN_LIMIT)?);
+        let Owner::Us(keeper) = &mut self.owner else {
+            return Err(Error::invalid("the session is kept already"));
+        };
+        keeper.ask(&Request::Keep(keep.clone()))?;
+        let until = Instant::now() + KEEP_LIMIT;
+        loop {
+            match keeper.reply(&self.options.cancel, until)? {
+                Reply::Note(_) => {}
+                Reply::Kept => break,
+                Reply::Failed { kind, message, hint } => return Err(failed(kind, message, hint)),
+                Reply::Ready(_) => return Err(Error::protocol("the keeper starts again")),
+            }
+        }
+        let keeper_process = keeper.process();
+        keeper.release();
+        Kept::new(self.server.clone(), keeper_process, keep)
+    }
+
+    /// The number of the guestfish process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.server.process.pid
+    }
+
+    /// The disks, in the appliance's order.
+    #[must_use]
+    pub fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
+    /// What an earlier user of this session has noted, such as what is mounted.
+    #[must_use]
+    pub fn notes(&self) -> serde_json::Map<String, serde_json::Value> {
+        let text = std::fs::read(self.server.place.notes()).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Notes something for later users of this session; it replaces what was noted before.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be written.
+    pub fn set_notes(&mut self, notes: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        let path = self.server.place.notes();
+        let write = || std::fs::write(&path, serde_json::to_vec(notes)?);
+        write().map_err(|e| Error::io(format!("cannot write {}", path.display()), e))
+    }
+
+    fn launch(&mut self, until: Instant) -> Result<()> {
         let progress = self.messages.progress_handler();
         self.internal(&Command::new("event").arg("diskmill").arg("progress").arg(progress))?;
         if self.options.settings.network {
             self.internal(&Command::new("set-network").arg("true"))?;
         }
-        for disk in disks {
-            self.internal(&disk.add()?)?;
+        for command in self.disks.iter().map(Disk::add).collect::<Result<Vec<_>>>()? {
+            self.internal(&command)?;
         }
         self.options.tell(Event::Step("starting the appliance"));
-        let patience = self.options.settings.call_timeout;
-        self.options.settings.call_timeout = Some(until.saturating_duration_since(Instant::now()));
-        let started = self.internal(&Command::new("run"));
-        self.options.settings.call_timeout = patience;
-        started.map(drop)
+        self.exchange(&Command::new("run"), None, &mut |_| Ok(()), Some(until))
     }
 
     /// Sends a command and gives back its output.
@@ -225,7 +192,29 @@ impl Session {
         output: &mut dyn Write,
     ) -> Result<()> {
         command.check()?;
-        self.exchange(command, input, &mut |bytes| output.write_all(bytes))
+        self.exchange(command, input, &mut |bytes| output.write_all(bytes), None)
+    }
+
+    /// The content of a file of the guest: for small ones faster than [`download`](Self::download), which makes the
+    /// appliance start a program.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn read(&mut self, path: impl AsRef<Path>) -> Result<Vec<u8>> {
+        let mut content = Vec::new();
+        loop {
+            let at = content.len();
+            let count = READ_CHUNK.min(MAX_OUTPUT.saturating_sub(at));
+            if count == 0 {
+                let path = path.as_ref().display();
+                return Err(Error::invalid(format!("{path} has more than {MAX_OUTPUT} bytes")));
+            }
+            let command = Command::new("pread").path(&path).arg(count.to_string()).arg(at.to_string());
+            content.extend(self.internal(&command)?);
+            if content.len().saturating_sub(at) < count {
+                return Ok(content);
+            }
+        }
     }
 
     /// Copies a file of the guest to `output`. How many bytes there were.
@@ -235,10 +224,11 @@ impl Session {
     pub fn download(&mut self, path: impl AsRef<Path>, output: &mut dyn Write) -> Result<u64> {
         let command = Command::new("download").path(path).output();
         let mut count = 0u64;
-        self.exchange(&command, None, &mut |bytes| {
+        let mut sink = |bytes: &[u8]| {
             count = count.saturating_add(bytes.len() as u64);
             output.write_all(bytes)
-        })?;
+        };
+        self.exchange(&command, None, &mut sink, None)?;
         Ok(count)
     }
 
@@ -248,23 +238,29 @@ impl Session {
     /// As [`send`](Self::send).
     pub fn upload(&mut self, input: &mut dyn Read, path: impl AsRef<Path>) -> Result<()> {
         let command = Command::new("upload").input().path(path);
-        self.exchange(&command, Some(input), &mut |_| Ok(()))
+        self.exchange(&command, Some(input), &mut |_| Ok(()), None)
     }
 
-    /// Ends the session. If a disk was writable, everything that was written has arrived in its image when this returns
-    /// without an error.
+    /// Ends the session, or lets go of a kept one. If a disk was writable, everything that was written has arrived in its
+    /// image when this returns without an error.
     ///
     /// # Errors
     /// As [`call`](Self::call), when file systems cannot be unmounted or written back.
     pub fn close(mut self) -> Result<()> {
-        let written = if self.writable { self.write_back() } else { Ok(()) };
-        self.connection = None;
-        let ended = self.keeper.take().is_none_or(|mut keeper| keeper.end());
-        written?;
-        if ended {
-            Ok(())
-        } else {
-            Err(Error::new(Kind::Io, "guestfish's processes do not end: one of them waits for a disk"))
+        let writable = self.disks.iter().any(Disk::is_writable);
+        match std::mem::replace(&mut self.owner, Owner::Nobody) {
+            Owner::Us(mut keeper) => {
+                let written = if writable { self.write_back() } else { Ok(()) };
+                self.connection = None;
+                if written.as_ref().is_err_and(|e| e.kind().is_fatal()) {
+                    let _ = keeper.ask(&Request::Kill);
+                }
+                let ended = keeper.end();
+                written?;
+                if ended { Ok(()) } else { Err(Error::new(Kind::Io, UNENDING)) }
+            }
+            Owner::Kept(_turn) if writable => self.internal(&Command::new("sync")).map(drop),
+            Owner::Kept(_) | Owner::Nobody => Ok(()),
         }
     }
 
@@ -275,7 +271,7 @@ impl Session {
 
     fn internal(&mut self, command: &Command) -> Result<Vec<u8>> {
         let mut out = Vec::new();
-        self.exchange(command, None, &mut |bytes| {
+        let mut sink = |bytes: &[u8]| {
             if out.len().saturating_add(bytes.len()) > MAX_OUTPUT {
                 return Err(io::Error::new(
                     io::ErrorKind::FileTooLarge,
@@ -284,7 +280,8 @@ impl Session {
             }
             out.extend_from_slice(bytes);
             Ok(())
-        })?;
+        };
+        self.exchange(command, None, &mut sink, None)?;
         Ok(out)
     }
 
@@ -293,9 +290,13 @@ impl Session {
         command: &Command,
         input: Option<&mut dyn Read>,
         sink: &mut Sink<'_>,
+        until: Option<Instant>,
     ) -> Result<()> {
         if command.takes_input() && input.is_none() {
             return Err(Error::invalid(format!("{}: no stream was given to read", command.name())));
+        }
+        if self.ended {
+            return Err(Error::new(Kind::Died, "the session has ended"));
         }
         let mut input = input.map(Input::new).transpose()?;
         let name = input.as_ref().map(Input::name);
@@ -305,9 +306,6 @@ impl Session {
         let connection = match &mut self.connection {
             Some(connection) if connection.is_usable() => connection,
             other => {
-                if self.keeper.is_none() {
-                    return Err(Error::new(Kind::Died, "the session has ended"));
-                }
                 // The server serves one connection at a time.
                 *other = None;
                 other.insert(Connection::open(&self.server.socket, &self.server.version)?)
@@ -316,8 +314,12 @@ impl Session {
         let (messages, options) = (&mut self.messages, &self.options);
         let mut alive =
             || messages.progress(&mut |done, total| options.tell(Event::Progress { done, total }));
-        let mut patience =
-            Patience { cancel: &options.cancel, silence: options.settings.call_timeout, alive: &mut alive };
+        let mut patience = Patience {
+            cancel: &options.cancel,
+            silence: options.settings.call_timeout,
+            until,
+            alive: &mut alive,
+        };
         let answer = connection.call(&request, input.as_mut(), sink, &mut patience);
         let said = self.messages.take();
         match answer {
@@ -334,9 +336,27 @@ impl Session {
 
     /// Ends what is of no more use after `error`.
     fn lost(&mut self, error: Error) -> Error {
-        if error.kind().is_fatal() {
-            self.connection = None;
-            self.keeper = None;
+        if !error.kind().is_fatal() {
+            return error;
+        }
+        self.ended = true;
+        self.connection = None;
+        // Whoever was cancelled still writes back; what hangs or has died does not.
+        let at_once = error.kind() != Kind::Cancelled;
+        match std::mem::replace(&mut self.owner, Owner::Nobody) {
+            Owner::Us(mut keeper) => {
+                if at_once {
+                    let _ = keeper.ask(&Request::Kill);
+                }
+                keeper.end();
+            }
+            Owner::Kept(_turn) if at_once => {
+                // Its keeper sees that the server has ended, and cleans up.
+                let server = self.server.process;
+                children_of(server.pid).into_iter().filter_map(ProcessId::of).for_each(ProcessId::kill);
+                server.kill();
+            }
+            Owner::Kept(_) | Owner::Nobody => {}
         }
         error
     }
@@ -355,3 +375,5 @@ fn failed(kind: Kind, message: String, hint: Option<String>) -> Error {
         None => error,
     }
 }
+
+const UNENDING: &str = "guestfish's processes do not end: one of them waits for a disk";

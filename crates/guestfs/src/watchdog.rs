@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::keeper::message::{MAX_LINE, Reply, Request};
+use crate::process::ProcessId;
 use crate::{Cancel, Error, Kind, Result};
 
 /// How long the keeper may take to end everything before we go on without it (it goes on by itself).
@@ -41,6 +42,7 @@ pub(crate) struct Keeper {
     stdin: Option<ChildStdin>,
     stdout: ChildStdout,
     line: Vec<u8>,
+    released: bool,
 }
 
 impl Keeper {
@@ -50,10 +52,14 @@ impl Keeper {
             .args(&command.args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // It may outlive us, and must not hold on to our terminal or pipe.
+            .stderr(Stdio::null())
             .spawn()
             .map_err(|e| Error::io(format!("cannot start the keeper, {program}"), e))?;
         match (child.stdin.take(), child.stdout.take()) {
-            (stdin @ Some(_), Some(stdout)) => Ok(Self { child, stdin, stdout, line: Vec::new() }),
+            (stdin @ Some(_), Some(stdout)) => {
+                Ok(Self { child, stdin, stdout, line: Vec::new(), released: false })
+            }
             _ => Err(Error::protocol("the keeper has no pipes")),
         }
     }
@@ -100,6 +106,16 @@ impl Keeper {
         }
     }
 
+    /// Its process.
+    pub(crate) fn process(&self) -> Option<ProcessId> {
+        i32::try_from(self.child.id()).ok().and_then(ProcessId::of)
+    }
+
+    /// Lets it go on without us.
+    pub(crate) fn release(&mut self) {
+        self.released = true;
+    }
+
     /// Ends guestfish and everything with it. Whether all is gone.
     pub(crate) fn end(&mut self) -> bool {
         self.stdin = None;
@@ -116,7 +132,9 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.end();
+        if !self.released {
+            self.end();
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::kept::Keep;
 use crate::place::Place;
 use crate::process::ProcessId;
 use crate::{Kind, Settings};
@@ -13,9 +14,16 @@ pub(crate) const MAX_LINE: usize = 1 << 20;
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Request {
     /// The first: start guestfish.
-    Start(Box<Settings>),
+    Start {
+        /// The settings.
+        settings: Box<Settings>,
+        /// Whether there is anything to be written back at the end.
+        writable: bool,
+    },
     /// Go on without this session until nobody has used the appliance for a while.
-    Keep(crate::kept::Keep),
+    Keep(Keep),
+    /// End everything at once, writing nothing back: the appliance hangs.
+    Kill,
 }
 
 /// From the keeper to the session.

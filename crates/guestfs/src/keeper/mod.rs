@@ -2,32 +2,34 @@
 //! program that wanted it.
 //!
 //! It is the subreaper of guestfish and its appliance, so that none of them can get away, and it holds the reading end of
-//! a pipe to the session: when that ends, by a call, a signal or a crash, so does everything else.
+//! a pipe to the session: when that ends, by a call, a signal or a crash, so does everything else. Only a session that is
+//! to be kept goes on without its program, until nobody has used it for a while.
 
+use std::fs;
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{getpid, set_child_subreaper, setsid};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::connection::{Connection, Patience};
+use crate::kept::{State, Turn, last_use, sweep};
 use crate::place::Place;
 use crate::process::{end_all_descendants, reap};
-use crate::{Error, Kind, Result, Settings};
+use crate::{Cancel, Error, Kind, Result, Settings, wire};
 
 pub(crate) mod message;
-pub(crate) mod server;
+mod requests;
+mod server;
 
-use message::{MAX_LINE, Reply, Request, Server};
+use message::{Reply, Request, Server};
+use requests::{Heard, Requests};
 
 /// How long killed processes may take to be gone. Only waiting for a disk keeps one that long.
 const END_LIMIT: Duration = Duration::from_secs(30);
-/// How often the server is looked after.
-const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+/// How long file systems may take to be written back when nobody is left to wait for them.
+const WRITE_BACK_LIMIT: Duration = Duration::from_secs(20);
 
 /// What the program that [`WatchdogCommand`](crate::WatchdogCommand) names has to run, and nothing else: it talks to the
 /// session on standard input and output and ends when the session does.
@@ -46,36 +48,72 @@ fn run() -> Result<()> {
     // Out of the terminal's reach: Ctrl-C is for the session, which then ends us.
     let _ = setsid();
     set_child_subreaper(Some(getpid())).map_err(|e| Error::io("cannot look after guestfish", e.into()))?;
-    let signals = Signals::catch().map_err(|e| Error::io("cannot catch signals", e))?;
-    let mut requests = Requests::default();
-    let settings = match requests.wait(&signals, None)? {
-        Heard::Request(Request::Start(settings)) => settings,
-        Heard::Request(_) => return Err(Error::protocol("the keeper was not told what to start")),
-        Heard::End | Heard::Tick => return Ok(()),
+    let mut requests = Requests::new().map_err(|e| Error::io("cannot catch signals", e))?;
+    let (settings, writable) = loop {
+        match requests.wait(None)? {
+            Heard::Request(Request::Start { settings, writable }) => break (settings, writable),
+            Heard::Request(_) => return Err(Error::protocol("the keeper was not told what to start")),
+            Heard::SessionGone | Heard::Signal => return Ok(()),
+            Heard::Tick => {}
+        }
     };
+    for dir in sweep() {
+        reply(&Reply::Note(format!("removed what a killed session had left in {}", dir.display())));
+    }
     let place = Place::create(&settings)?;
-    let socket = Arc::new(Mutex::new(None));
-    let result = serve(&settings, &place, &signals, &mut requests, &socket);
+    let result = keep_watch(&settings, writable, &place, &mut requests);
     if !end_all_descendants(END_LIMIT) {
         reply(&Reply::Note("guestfish's processes do not end: one of them waits for a disk".to_owned()));
     }
-    if let Some(socket) = socket.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        let _ = std::fs::remove_file::<std::path::PathBuf>(socket);
-    }
+    let turn = result?;
     place.remove();
-    result
+    drop(turn);
+    Ok(())
 }
 
-/// Starts guestfish and stays until the session or the server ends.
-fn serve(
+/// Starts guestfish, stays until the session or the server ends, and removes the server's socket.
+fn keep_watch(
     settings: &Settings,
+    writable: bool,
     place: &Place,
-    signals: &Signals,
     requests: &mut Requests,
-    socket: &Mutex<Option<std::path::PathBuf>>,
-) -> Result<()> {
+) -> Result<Option<Turn>> {
+    let start = || -> Result<Option<(Server, State)>> {
+        let mut state = State::new(place)?;
+        state.write()?;
+        let Some(server) = start(settings, place, requests)? else { return Ok(None) };
+        state.server = Some(server.clone());
+        state.write()?;
+        Ok(Some((server, state)))
+    };
+    let mut start = start;
+    let (server, state) = match start() {
+        Ok(Some(started)) => started,
+        failed => {
+            end_all_descendants(END_LIMIT);
+            place.remove();
+            return failed.map(|_| None);
+        }
+    };
+    reply(&Reply::Ready(server.clone()));
+    let ended = look_after(&server, state, requests);
+    let turn = match ended {
+        Ok(Ended::WriteBack(turn)) => {
+            let turn = turn.or_else(|| Turn::take(place, WRITE_BACK_LIMIT).ok());
+            if writable {
+                write_back(&server);
+            }
+            turn
+        }
+        Ok(Ended::AtOnce) | Err(_) => None,
+    };
+    let _ = fs::remove_file(&server.socket);
+    Ok(turn)
+}
+
+/// Starts guestfish in a thread, as the session may end while it is slow to start; `None` if it has.
+fn start(settings: &Settings, place: &Place, requests: &mut Requests) -> Result<Option<Server>> {
     let (done, started) = UnixStream::pair().map_err(|e| Error::io("cannot make a socket", e))?;
-    // A thread: the session may end while guestfish is slow to start.
     let starting = {
         let (settings, place) = (settings.clone(), place.clone());
         std::thread::spawn(move || {
@@ -84,32 +122,76 @@ fn serve(
         })
     };
     loop {
-        match requests.wait(signals, Some(&started))? {
-            Heard::End => return Ok(()),
+        match requests.wait(Some(&started))? {
+            Heard::SessionGone | Heard::Signal | Heard::Request(_) => return Ok(None),
             Heard::Tick if starting.is_finished() => break,
             Heard::Tick => {}
-            Heard::Request(_) => return Err(Error::protocol("guestfish is being started already")),
         }
     }
-    let server = starting.join().unwrap_or_else(|_| Err(Error::new(Kind::Start, "the keeper panicked")))?;
-    *socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.socket.clone());
-    reply(&Reply::Ready(server.clone()));
-    look_after(&server, signals, requests)
+    starting.join().unwrap_or_else(|_| Err(Error::new(Kind::Start, "the keeper panicked"))).map(Some)
 }
 
-fn look_after(server: &Server, signals: &Signals, requests: &mut Requests) -> Result<()> {
+/// How a session has ended.
+enum Ended {
+    /// In good order, or its program is gone: what was written is to be saved.
+    WriteBack(Option<Turn>),
+    /// There is nothing to be saved any more.
+    AtOnce,
+}
+
+fn look_after(server: &Server, mut state: State, requests: &mut Requests) -> Result<Ended> {
     loop {
-        match requests.wait(signals, None)? {
-            Heard::End => return Ok(()),
+        match requests.wait(None)? {
+            Heard::SessionGone if state.keep.is_some() => requests.close(),
+            Heard::SessionGone | Heard::Signal => return Ok(Ended::WriteBack(None)),
+            Heard::Request(Request::Kill) => return Ok(Ended::AtOnce),
+            Heard::Request(Request::Keep(keep)) => {
+                state.keep = Some(keep);
+                match state.write() {
+                    Ok(()) => reply(&Reply::Kept),
+                    Err(e) => {
+                        state.keep = None;
+                        reply(&failed(&e));
+                    }
+                }
+            }
+            Heard::Request(Request::Start { .. }) => {
+                return Err(Error::protocol("guestfish has been started already"));
+            }
             Heard::Tick => {
                 reap();
                 if !server.process.is_alive() {
-                    return Ok(());
+                    return Ok(Ended::AtOnce);
+                }
+                if let Some(keep) = &state.keep
+                    && is_idle(&server.place, Duration::from_secs(keep.idle_secs))
+                    && let Ok(turn) = Turn::take(&server.place, Duration::ZERO)
+                {
+                    return Ok(Ended::WriteBack(Some(turn)));
                 }
             }
-            Heard::Request(_) => reply(&failed(&Error::invalid("keeping sessions is not supported"))),
         }
     }
+}
+
+fn is_idle(place: &Place, limit: Duration) -> bool {
+    last_use(place).and_then(|at| at.elapsed().ok()).is_some_and(|idle| idle >= limit)
+}
+
+/// Unmounts and shuts down, as well as it goes: there is nobody to tell.
+fn write_back(server: &Server) {
+    let end = Instant::now() + WRITE_BACK_LIMIT;
+    let finish = || -> Result<()> {
+        let cancel = Cancel::new().map_err(|e| Error::io("cannot make an event descriptor", e))?;
+        let mut connection = Connection::open(&server.socket, &server.version)?;
+        for command in ["umount-all", "shutdown"] {
+            let mut patience =
+                Patience { cancel: &cancel, silence: None, until: Some(end), alive: &mut || false };
+            connection.call(&wire::call(command, &[])?, None, &mut |_| Ok(()), &mut patience)?;
+        }
+        Ok(())
+    };
+    let _ = finish();
 }
 
 fn failed(error: &Error) -> Reply {
@@ -126,79 +208,5 @@ fn reply(reply: &Reply) {
         line.push(b'\n');
         let mut out = std::io::stdout().lock();
         let _ = out.write_all(&line).and_then(|()| out.flush());
-    }
-}
-
-/// Signals that ask to end, as bytes in a socket.
-struct Signals(UnixStream);
-
-impl Signals {
-    fn catch() -> std::io::Result<Self> {
-        let (reader, writer) = UnixStream::pair()?;
-        for signal in [SIGTERM, SIGINT, SIGHUP] {
-            signal_hook::low_level::pipe::register(signal, OwnedFd::from(writer.try_clone()?))?;
-        }
-        Ok(Self(reader))
-    }
-}
-
-/// What the keeper heard.
-enum Heard {
-    /// A request.
-    Request(Request),
-    /// The session has ended, or we are asked to.
-    End,
-    /// Nothing, for a while; or what was to be waited for besides.
-    Tick,
-}
-
-/// Requests, read from standard input.
-#[derive(Default)]
-struct Requests {
-    line: Vec<u8>,
-}
-
-impl Requests {
-    /// The next thing to happen.
-    fn wait(&mut self, signals: &Signals, also: Option<&UnixStream>) -> Result<Heard> {
-        if let Some(request) = self.take()? {
-            return Ok(Heard::Request(request));
-        }
-        let stdin = rustix::stdio::stdin();
-        let mut fds = vec![PollFd::new(&stdin, PollFlags::IN), PollFd::new(&signals.0, PollFlags::IN)];
-        if let Some(also) = also {
-            fds.push(PollFd::from_borrowed_fd(also.as_fd(), PollFlags::IN));
-        }
-        match poll(&mut fds, Some(&TICK)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(Error::io("cannot wait for the session", e.into())),
-        }
-        let ready = |n: usize| fds.get(n).is_some_and(|fd| !fd.revents().is_empty());
-        if ready(1) {
-            return Ok(Heard::End);
-        }
-        if !ready(0) {
-            return Ok(Heard::Tick);
-        }
-        let mut chunk = [0; 4096];
-        match rustix::io::read(stdin, &mut chunk) {
-            Ok(0) | Err(_) => Ok(Heard::End),
-            Ok(len) => {
-                self.line.extend_from_slice(chunk.get(..len).unwrap_or_default());
-                if self.line.len() > MAX_LINE {
-                    return Err(Error::protocol("the session's request is too long"));
-                }
-                Ok(self.take()?.map_or(Heard::Tick, Heard::Request))
-            }
-        }
-    }
-
-    /// A request, if there is a whole line.
-    fn take(&mut self) -> Result<Option<Request>> {
-        let Some(end) = self.line.iter().position(|&b| b == b'\n') else { return Ok(None) };
-        let line: Vec<u8> = self.line.drain(..=end).collect();
-        serde_json::from_slice(&line)
-            .map(Some)
-            .map_err(|e| Error::protocol(format!("the session's request: {e}")))
     }
 }

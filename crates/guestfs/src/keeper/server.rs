@@ -21,8 +21,9 @@ const SOCKET_TIMEOUT: Duration = Duration::from_secs(20);
 pub(super) fn start(settings: &Settings, place: &Place) -> Result<Server> {
     let version = version(settings)?;
     let doing = |what: &str| format!("cannot {what} in {}", place.dir.display());
-    let messages = OpenOptions::new().create(true).append(true).mode(0o600).open(place.messages());
-    let messages = messages.map_err(|e| Error::io(doing("write"), e))?;
+    let create = |path| OpenOptions::new().create(true).append(true).mode(0o600).open(path);
+    let messages = create(place.messages()).map_err(|e| Error::io(doing("write"), e))?;
+    create(place.lock()).map_err(|e| Error::io(doing("write"), e))?;
     mknodat(CWD, place.keys(), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
         .map_err(|e| Error::io(doing("make a named pipe"), e.into()))?;
     // Open for writing too: so it is never at its end.

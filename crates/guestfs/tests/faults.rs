@@ -1,0 +1,193 @@
+//! What goes wrong with guestfish and its appliance: one clear message, and nothing is left of them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Command as Program, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{empty_disk, example, formatted, options, processes_of, wait_for};
+use diskmill_guestfs::{Command, Disk, Kind, Options, Session, sweep};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The folder of the session whose guestfish has the number `pid`.
+fn folder(pid: i32) -> PathBuf {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+    let mut variables = environment.split(|&b| b == 0);
+    let dir = variables.find_map(|var| var.strip_prefix(b"XDG_RUNTIME_DIR=")).unwrap();
+    PathBuf::from(String::from_utf8(dir.to_vec()).unwrap())
+}
+
+fn program(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
+}
+
+fn signal(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+/// The appliance, the guestfish in front of it, and their folder.
+struct Running {
+    qemu: i32,
+    guestfish: i32,
+    dir: PathBuf,
+}
+
+impl Running {
+    fn of(session: &Session) -> Self {
+        let guestfish = session.pid();
+        let dir = folder(guestfish);
+        let qemu = processes_of(dir.file_name().unwrap().to_str().unwrap());
+        let qemu = qemu.into_iter().find(|&pid| program(pid).starts_with("qemu-system")).unwrap();
+        Self { qemu, guestfish, dir }
+    }
+
+    /// Nothing is left: no process, no folder, no socket.
+    fn assert_gone(&self) {
+        assert_eq!(processes_of(self.dir.file_name().unwrap().to_str().unwrap()), Vec::<i32>::new());
+        assert!(!self.dir.exists(), "{}", self.dir.display());
+        let uid = rustix::process::geteuid().as_raw();
+        assert!(!PathBuf::from(format!("/tmp/.guestfish-{uid}/socket-{}", self.guestfish)).exists());
+    }
+}
+
+#[test]
+fn an_appliance_killed_in_the_middle_of_a_command() {
+    let Some(options) = options() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut session = formatted(&empty_disk(dir.path()), options);
+    let running = Running::of(&session);
+    let qemu = running.qemu;
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        signal(qemu, Signal::KILL);
+    });
+    let error = session.call(&Command::new("fill").arg("1").arg("200000000").arg("/file")).unwrap_err();
+    killer.join().unwrap();
+    assert_eq!(error.kind(), Kind::Died, "{error}");
+    assert!(error.to_string().contains("doctor") && !error.to_string().contains('\n'), "{error}");
+    running.assert_gone();
+    assert_eq!(session.call(&Command::new("sync")).unwrap_err().kind(), Kind::Died);
+}
+
+#[test]
+fn guestfish_killed_and_an_appliance_that_hangs() {
+    let Some(mut options) = options() else { return };
+    options.settings.call_timeout = Some(Duration::from_secs(3));
+    let dir = tempfile::tempdir().unwrap();
+    let disk = empty_disk(dir.path());
+    let mut session = formatted(&disk, options.clone());
+    let running = Running::of(&session);
+    signal(running.qemu, Signal::STOP);
+    let began = Instant::now();
+    let error = session.call(&Command::new("sync")).unwrap_err();
+    assert_eq!(error.kind(), Kind::Timeout, "{error}");
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    running.assert_gone();
+
+    // The image is as the last finished operation left it, and can be used again at once.
+    options.settings.call_timeout = Some(Duration::from_secs(60));
+    let mut session = Session::open(&[Disk::file(&disk, "raw")], options).unwrap();
+    let running = Running::of(&session);
+    signal(running.guestfish, Signal::KILL);
+    let error = session.call(&Command::new("list-devices")).unwrap_err();
+    assert_eq!(error.kind(), Kind::Died, "{error}");
+    running.assert_gone();
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_nothing_and_neither_does_its_keeper() {
+    if options().is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disk = empty_disk(dir.path());
+    let start = || {
+        let mut command = Program::new(example());
+        command.arg(&disk).args(["raw", "/dev/sda1", "/x"]).stdout(Stdio::null()).stderr(Stdio::null());
+        command.env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg").env("TMPDIR", dir.path()).spawn().unwrap()
+    };
+    let appliance = |id: u32| {
+        let mut found = None;
+        wait_for("an appliance", Duration::from_secs(120), || {
+            let keeper = children(id as i32).into_iter().next();
+            found = keeper.and_then(|keeper| {
+                let guestfish = children(keeper).into_iter().find(|&pid| !children(pid).is_empty())?;
+                let qemu =
+                    children(guestfish).into_iter().find(|&pid| program(pid).starts_with("qemu-sys"))?;
+                Some((keeper, Running { qemu, guestfish, dir: folder(guestfish) }))
+            });
+            found.is_some()
+        });
+        found.unwrap()
+    };
+
+    // Killed while the appliance boots.
+    let mut child = start();
+    let (_, running) = appliance(child.id());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for("the end of all", Duration::from_secs(10), || !running.dir.exists());
+    running.assert_gone();
+
+    // The keeper too: the next one who comes finds what is left.
+    let mut child = start();
+    let (keeper, running) = appliance(child.id());
+    signal(keeper, Signal::KILL);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(running.dir.exists());
+    assert!(sweep().contains(&running.dir));
+    running.assert_gone();
+}
+
+fn children(parent: i32) -> Vec<i32> {
+    let pids = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+        after.split_whitespace().nth(1) == Some(parent.to_string().as_str())
+    })
+    .collect()
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let Some(options) = options() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let disk = empty_disk(dir.path());
+    let open = |change: &dyn Fn(&mut Options)| {
+        let mut options = options.clone();
+        change(&mut options);
+        Session::open(&[Disk::file(&disk, "raw")], options).unwrap_err()
+    };
+    let error = open(&|options| options.settings.guestfish = "no-such-guestfish".into());
+    assert_eq!(error.kind(), Kind::NotInstalled, "{error}");
+    assert!(error.to_string().contains("no-such-guestfish is not installed"), "{error}");
+
+    let error = open(&|options| options.settings.hypervisor = Some("/bin/false".into()));
+    assert_eq!(error.kind(), Kind::Start, "{error}");
+    assert!(error.to_string().contains("doctor"), "{error}");
+
+    // A fixed appliance that is none: no kernel.
+    let error = open(&|options| options.settings.appliance = Some(dir.path().to_owned()));
+    assert_eq!(error.kind(), Kind::NoKernel, "{error}");
+
+    let error = open(&|options| options.settings.start_timeout = Duration::from_secs(2));
+    assert_eq!(error.kind(), Kind::Timeout, "{error}");
+
+    let error = Session::open(&[Disk::file(dir.path().join("none"), "raw")], options.clone()).unwrap_err();
+    assert_eq!(error.kind(), Kind::NotFound, "{error}");
+
+    let waiting = options.clone();
+    let cancel = waiting.cancel.clone();
+    let cancelling = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        cancel.cancel();
+    });
+    let error = Session::open(&[Disk::file(&disk, "raw")], waiting).unwrap_err();
+    cancelling.join().unwrap();
+    assert_eq!(error.kind(), Kind::Cancelled, "{error}");
+}
