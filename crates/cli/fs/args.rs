@@ -108,8 +108,8 @@ pub(crate) struct ImageArgs {
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Vec<Key>,
 
-    /// Keep the session, so that the next command on this image answers at once; see `diskmill session`
-    #[arg(long)]
+    /// Keep the session for the next command on this image: not supported yet
+    #[arg(long, hide = true)]
     pub(crate) keep: bool,
 
     #[command(flatten)]

@@ -47,6 +47,9 @@ pub(crate) struct Guest {
 impl Guest {
     /// Opens a session, with LUKS volumes opened and nothing mounted.
     pub(crate) fn unmounted(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
+        if args.keep {
+            return Err(Failure::usage("--keep is not supported yet: sessions end with their command"));
+        }
         Self::on(args, file, access, Drive::open(args, file, access, false)?)
     }
 
