@@ -13,15 +13,17 @@ use diskmill_format::{GuestOffset, Limits};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
 use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
+use crate::edit::{Qcow2Writer, RawWriter, Writer};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{
     Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source,
 };
 use crate::policy::{Allow, EXTENT, OpenPolicy};
 use crate::probe::{Format, PROBE_BYTES};
-use crate::qcow2::{Files, Qcow2Info, Qcow2Layout, lossy};
-use crate::raw::{RawLayout, ZeroLayout};
-use crate::reader::{Reader, read_full};
+use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout, lossy};
+use crate::raw::{FileRuns, RawLayout, ZeroLayout};
+use crate::reader::{Reader, Scratch, read_full};
+use crate::tables::TableCache;
 use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
 
 /// Which internal snapshot to read instead of the active state.
@@ -62,6 +64,8 @@ pub struct OpenOptions {
     pub ignore_cid: bool,
     /// Passphrases for encrypted images of the chain; each image takes the first that fits.
     pub keys: Vec<Secret>,
+    /// Open the image itself for writing too (never its backing files), and keep all others from writing to it.
+    pub writable: bool,
 }
 
 /// A file that an image consists of.
@@ -77,35 +81,48 @@ struct Layer {
     layout: Box<dyn Layout>,
     path: PathBuf,
     /// The last run and where it starts: a walk over a fragmented backing file comes back to one long run of the
-    /// overlay for each of its own short ones.
-    last: Mutex<Option<(u64, LayerExtent)>>,
+    /// overlay for each of its own short ones. `None` for a layer that is written to.
+    last: Option<Mutex<Option<(u64, LayerExtent)>>>,
 }
 
 impl Layer {
     fn map(&self, at: u64, max: u64) -> Result<LayerExtent, MapError> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let ask = || {
+            self.layout
+                .map(GuestOffset(at), max)
+                .map_err(|MapError { error, len }| MapError { error: error.of(&self.path), len })
+        };
+        let Some(last) = &self.last else { return ask() };
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((start, run)) = &*last
             && let Some(skip) = at.checked_sub(*start).filter(|&skip| skip < run.len)
         {
             return Ok(run.advanced(skip));
         }
-        let run = self
-            .layout
-            .map(GuestOffset(at), max)
-            .map_err(|MapError { error, len }| MapError { error: error.of(&self.path), len })?;
+        let run = ask()?;
         *last = Some((at, run));
         Ok(run)
     }
 }
 
-/// An open image with its backing chain, for reading.
+/// An open image with its backing chain, for reading and, if it was opened so, for writing.
 pub struct Image {
     layers: Vec<Layer>,
     files: Vec<ImageFile>,
     /// The part of the disk that is shown, if not all of it.
     window: Option<Window>,
+    writer: Option<Box<dyn Writer>>,
+    /// What readers of this image left for the next ones.
+    scratch: Mutex<Vec<Scratch>>,
     /// Released when the image is dropped.
     _locks: Vec<ImageLock>,
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // Whoever wants to know calls `close`.
+        let _ = self.close_writer();
+    }
 }
 
 /// A part of a disk: from `start` on `len` bytes, and then zeros up to whole sectors.
@@ -168,9 +185,16 @@ impl Image {
     }
 
     fn of_layers<const N: usize>(layouts: [ZeroLayout; N]) -> Self {
-        let layer = |layout| Layer { layout: Box::new(layout), path: PathBuf::new(), last: Mutex::new(None) };
+        let layer = |layout| Layer { layout: Box::new(layout), path: PathBuf::new(), last: None };
         let layers = layouts.into_iter().map(layer).collect();
-        Self { layers, files: Vec::new(), window: None, _locks: Vec::new() }
+        Self {
+            layers,
+            files: Vec::new(),
+            window: None,
+            writer: None,
+            scratch: Mutex::default(),
+            _locks: Vec::new(),
+        }
     }
 
     /// Size of the disk that the guest sees, in bytes.
@@ -185,6 +209,9 @@ impl Image {
     /// # Errors
     /// [`Kind::Invalid`] if the range reaches past the end of the disk.
     pub fn into_window(mut self, start: u64, len: u64) -> Result<Self> {
+        if self.writer.is_some() {
+            return Err(Error::unsupported("writing to a part of a disk"));
+        }
         if start.checked_add(len).is_none_or(|end| end > self.size()) || self.window.is_some() {
             return Err(Error::invalid(format!(
                 "{len} bytes from {start} on reach past the end of the disk"
@@ -321,7 +348,48 @@ impl Image {
     /// A reader of guest bytes. Make one per thread.
     #[must_use]
     pub fn reader(&self) -> Reader<'_> {
-        Reader::new(self)
+        Reader::new(self, Scratch::default())
+    }
+
+    pub(crate) fn writer(&self) -> Option<&dyn Writer> {
+        self.writer.as_deref()
+    }
+
+    /// Closes the writer, if there is one, for good.
+    pub(crate) fn close_writer(&mut self) -> Result<()> {
+        self.writer.take().map_or(Ok(()), |writer| self.named(writer.close()))
+    }
+
+    /// The same result, with the image named in its error.
+    pub(crate) fn named<T>(&self, result: Result<T>) -> Result<T> {
+        match self.layers.first() {
+            Some(layer) => result.map_err(|error| error.of(&layer.path)),
+            None => result,
+        }
+    }
+
+    /// Fills `buf` with the guest bytes from `at` on. The caller keeps writers away from them.
+    pub(crate) fn read_unlocked(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        let pool = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let scratch = pool().pop().unwrap_or_default();
+        let mut reader = Reader::new(self, scratch);
+        let done = reader.read_unlocked(buf, at);
+        pool().push(reader.into_scratch());
+        done
+    }
+
+    /// Whether a table look-up alone tells that all of `range` reads as zeros.
+    pub(crate) fn reads_as_zeros(&self, range: Range<u64>) -> Result<bool> {
+        let mut at = range.start;
+        let end = range.end.min(self.size());
+        while at < end {
+            let extent = self.map(at, end - at).map_err(|error| error.error)?;
+            if extent.source != Source::Zero {
+                return Ok(false);
+            }
+            at = extent.guest.end;
+        }
+        Ok(true)
     }
 }
 
@@ -346,7 +414,14 @@ struct Opener<'a> {
 
 impl<'a> Opener<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        let image = Image { layers: Vec::new(), files: Vec::new(), window: None, _locks: Vec::new() };
+        let image = Image {
+            layers: Vec::new(),
+            files: Vec::new(),
+            window: None,
+            writer: None,
+            scratch: Mutex::default(),
+            _locks: Vec::new(),
+        };
         Self { options, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
     }
 
@@ -381,7 +456,9 @@ impl<'a> Opener<'a> {
     /// Opens and locks a file. One that an image in this tree `named` as that is checked against the policy again now that
     /// nobody can exchange it.
     fn open_file(&mut self, path: &Path, named: Option<(&Path, &str)>) -> Result<SharedStorage> {
-        let how = OpenHow { read: true, direct: self.options.direct, ..OpenHow::default() };
+        let writable = self.writable();
+        let how =
+            OpenHow { read: true, write: writable, direct: self.options.direct, ..OpenHow::default() };
         let storage =
             FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
         let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
@@ -397,13 +474,22 @@ impl<'a> Opener<'a> {
         }
         self.seen.push(identity);
         let storage: SharedStorage = Arc::new(storage);
-        let mode = if self.options.force_share { LockMode::Shared } else { LockMode::Reader };
+        let mode = match () {
+            () if writable => LockMode::Writer,
+            () if self.options.force_share => LockMode::Shared,
+            () => LockMode::Reader,
+        };
         match ImageLock::acquire(&storage, mode) {
             Ok(lock) => self.image._locks.push(lock),
             Err(LockError::Io(error)) => return Err(Error::io("cannot lock", error).of(path)),
             Err(conflict) => return Err(Error::new(Kind::Busy, conflict.to_string()).of(path)),
         }
         Ok(storage)
+    }
+
+    /// Whether what is opened now belongs to the image itself, and that is to be written to.
+    fn writable(&self) -> bool {
+        self.options.writable && self.image.layers.is_empty()
     }
 
     fn file_id(&mut self, storage: &SharedStorage, path: &Path) -> FileId {
@@ -437,12 +523,25 @@ impl<'a> Opener<'a> {
             }
         };
         let id = self.file_id(&storage, &path);
+        let writable = self.writable();
+        if writable && (snapshot.is_some() || self.options.metadata_only || self.options.force_share) {
+            return Err(Error::invalid("a snapshot, or an image that is shared, cannot be written to"));
+        }
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
+            Format::Raw if writable => {
+                let writer = RawWriter::open(Arc::clone(&storage))?;
+                let runs = FileRuns::changing(storage, id, writer.shared_len());
+                self.image.writer = Some(Box::new(writer));
+                (Box::new(RawLayout::of(runs)?), None)
+            }
             Format::Raw => (Box::new(RawLayout::new(storage, id)?), None),
             Format::Qcow2 => self.qcow2(storage, id, &path, snapshot, root)?,
             _ if snapshot.is_some() => {
                 return Err(Error::invalid(format!("{format} has no internal snapshots")));
+            }
+            Format::Vmdk | Format::Ova if writable => {
+                return Err(Error::unsupported(format!("writing to {format} images")));
             }
             Format::Vmdk => {
                 let (layout, next) = self.vmdk(&storage, id, &path, root)?;
@@ -450,7 +549,8 @@ impl<'a> Opener<'a> {
             }
             Format::Ova => return self.ova(&storage, path, root),
         };
-        self.image.layers.push(Layer { layout, path, last: Mutex::new(None) });
+        let last = (!writable).then(|| Mutex::new(None));
+        self.image.layers.push(Layer { layout, path, last });
         Ok(next)
     }
 
@@ -473,8 +573,8 @@ impl<'a> Opener<'a> {
             ));
         }
         let header = &read.area.header;
-        let snapshot = snapshot.map(|wanted| find_snapshot(&read.snapshots, wanted)).transpose()?.cloned();
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        let snapshot = snapshot.map(|wanted| find_snapshot(&read.snapshots, wanted)).transpose()?.cloned();
         let data = if header.has(feature::DATA_FILE) && !self.options.metadata_only {
             let Some(name) = &read.area.extensions.data_file else {
                 return Err(Error::corrupt(
@@ -519,8 +619,25 @@ impl<'a> Opener<'a> {
             let (file, path, len) = clusters.unwrap_or_else(|| (Arc::clone(&storage), path.to_owned(), len));
             clusters = Some((Arc::new(EncryptedStorage::new(file, Arc::new(cipher))), path, len));
         }
-        let data = clusters.as_ref().map(|(file, path, len)| (self.file_id(file, path), *len));
-        let files = Files { image: (Arc::clone(&storage), id, len), data };
+        let data = clusters.as_ref().map(|(file, path, len)| (file, self.file_id(file, path), *len));
+        let files = if self.writable() {
+            let writer = Qcow2Writer::open(&storage, data.map(|(file, ..)| file), &read, &self.options.limits)?;
+            let writer = Arc::new(writer);
+            let (disk, data_disk) = writer.disks();
+            let files = Files {
+                tables: Box::new(Arc::clone(&writer)),
+                image: FileLen::new(id, disk.shared_len()),
+                data: data.map(|(_, id, _)| FileLen::new(id, data_disk.shared_len())),
+            };
+            self.image.writer = Some(Box::new(writer));
+            files
+        } else {
+            Files {
+                tables: Box::new(TableCache::new(Arc::clone(&storage), len)),
+                image: FileLen::new(id, Arc::new(len.into())),
+                data: data.map(|(_, id, len)| FileLen::new(id, Arc::new(len.into()))),
+            }
+        };
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
         if crypt != CryptMethod::Aes {
             return Ok((Box::new(layout), next));

@@ -22,6 +22,7 @@ pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod edit;
 mod encrypted;
 mod error;
 mod image;

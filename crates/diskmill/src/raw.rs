@@ -1,6 +1,7 @@
 //! Raw: the guest's bytes as they are. Holes of the file are zeros.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_format::{GuestOffset, HostOffset};
 use diskmill_io::{Allocation, SharedStorage};
@@ -18,25 +19,31 @@ pub(crate) struct RawLayout {
 pub(crate) struct FileRuns {
     file: SharedStorage,
     file_id: FileId,
-    len: u64,
-    /// The last answer of the file system: a walk asks for each piece of a hole anew.
-    last: Mutex<(u64, Allocation, u64)>,
+    len: Arc<AtomicU64>,
+    /// The last answer of the file system: a walk asks for each piece of a hole anew. `None` for a file that changes.
+    last: Option<Mutex<(u64, Allocation, u64)>>,
 }
 
 impl FileRuns {
     pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
         let len = file.len().map_err(|error| Error::io("cannot tell the size", error))?;
-        Ok(Self { file, file_id, len, last: Mutex::new((0, Allocation::Data, 0)) })
+        let last = Some(Mutex::new((0, Allocation::Data, 0)));
+        Ok(Self { file, file_id, len: Arc::new(AtomicU64::new(len)), last })
+    }
+
+    /// The runs of a file that is being written to, whose length is kept in `len`.
+    pub(crate) const fn changing(file: SharedStorage, file_id: FileId, len: Arc<AtomicU64>) -> Self {
+        Self { file, file_id, len, last: None }
     }
 
     /// Bytes in the file.
-    pub(crate) const fn len(&self) -> u64 {
-        self.len
+    pub(crate) fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
     }
 
     /// What stands at `at`: at most `max` bytes. `None` at and past the end of the file.
     pub(crate) fn map(&self, at: u64, max: u64) -> Result<Option<LayerExtent>, MapError> {
-        let Some(left) = self.len.checked_sub(at).filter(|&left| left > 0) else { return Ok(None) };
+        let Some(left) = self.len().checked_sub(at).filter(|&left| left > 0) else { return Ok(None) };
         let (kind, end) = self
             .allocation(at)
             .map_err(|error| MapError { error: Error::io("cannot look for holes", error), len: max })?;
@@ -49,11 +56,17 @@ impl FileRuns {
     }
 
     fn allocation(&self, at: u64) -> std::io::Result<(Allocation, u64)> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if !(last.0..last.2).contains(&at) {
+        let ask = || {
             // The file may have shrunk since: what is gone is reported when it is read.
-            let (kind, end) = self.file.allocation(at)?.unwrap_or((Allocation::Data, self.len));
-            *last = (at, kind, end.clamp(at.saturating_add(1), self.len));
+            let len = self.len();
+            let (kind, end) = self.file.allocation(at)?.unwrap_or((Allocation::Data, len));
+            let least = at.saturating_add(1);
+            std::io::Result::Ok((at, kind, end.clamp(least, len.max(least))))
+        };
+        let Some(last) = &self.last else { return ask().map(|(_, kind, end)| (kind, end)) };
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        if !(last.0..last.2).contains(&at) {
+            *last = ask()?;
         }
         Ok((last.1, last.2))
     }
@@ -75,7 +88,10 @@ fn info(virtual_size: u64) -> ImageInfo {
 
 impl RawLayout {
     pub(crate) fn new(file: SharedStorage, file_id: FileId) -> Result<Self> {
-        let runs = FileRuns::new(file, file_id)?;
+        Self::of(FileRuns::new(file, file_id)?)
+    }
+
+    pub(crate) fn of(runs: FileRuns) -> Result<Self> {
         // QEMU's disks consist of 512-byte sectors: the last one is filled up with zeros.
         let virtual_size = runs
             .len()

@@ -39,6 +39,11 @@ pub(crate) fn read_exact(file: &dyn Storage, buf: &mut [u8], at: u64) -> Result<
 /// Reads guest bytes of an [`Image`], with a codec context and the last unpacked unit of its own.
 pub struct Reader<'a> {
     image: &'a Image,
+    scratch: Scratch,
+}
+
+/// What a [`Reader`] needs to unpack, and the last unit that it unpacked.
+pub(crate) struct Scratch {
     unpacker: Unpacker,
     packed: Vec<u8>,
     unit: Vec<u8>,
@@ -46,9 +51,19 @@ pub struct Reader<'a> {
     held: Option<Source>,
 }
 
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { unpacker: Unpacker::new(), packed: Vec::new(), unit: Vec::new(), held: None }
+    }
+}
+
 impl<'a> Reader<'a> {
-    pub(crate) fn new(image: &'a Image) -> Self {
-        Self { image, unpacker: Unpacker::new(), packed: Vec::new(), unit: Vec::new(), held: None }
+    pub(crate) const fn new(image: &'a Image, scratch: Scratch) -> Self {
+        Self { image, scratch }
+    }
+
+    pub(crate) fn into_scratch(self) -> Scratch {
+        self.scratch
     }
 
     /// Fills `buf` with the guest bytes from `at` on. Bytes past the end of the disk read as zeros.
@@ -56,6 +71,12 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// [`Kind::Corrupt`] for a damaged table or unit or a truncated file, [`Kind::Io`] if the system fails.
     pub fn read_at(&mut self, buf: &mut [u8], at: u64) -> Result<()> {
+        let _guard = self.image.guard(at, buf.len() as u64);
+        self.read_unlocked(buf, at)
+    }
+
+    /// As [`read_at`](Self::read_at); the caller keeps writers away from the range.
+    pub(crate) fn read_unlocked(&mut self, buf: &mut [u8], at: u64) -> Result<()> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let position = at.saturating_add(filled as u64);
@@ -83,7 +104,7 @@ impl<'a> Reader<'a> {
             Source::Packed { skip, .. } => {
                 self.unpack(extent.source)?;
                 let skip = skip as usize;
-                match self.unit.get(skip..).and_then(|rest| rest.get(..part.len())) {
+                match self.scratch.unit.get(skip..).and_then(|rest| rest.get(..part.len())) {
                     Some(bytes) => part.copy_from_slice(bytes),
                     None => return Err(Error::invalid("a run reaches past its packed unit")),
                 }
@@ -95,22 +116,23 @@ impl<'a> Reader<'a> {
     fn unpack(&mut self, source: Source) -> Result<()> {
         let Source::Packed { file, at, len, unit, codec, .. } = source else { return Ok(()) };
         let key = Source::Packed { file, at, len, unit, skip: 0, codec };
-        if self.held == Some(key) {
+        if self.scratch.held == Some(key) {
             return Ok(());
         }
-        self.held = None;
+        self.scratch.held = None;
         let file = self.image.file(file)?;
-        self.packed.resize(len as usize, 0);
-        self.unit.resize(unit as usize, 0);
-        read_exact(&*file.storage, &mut self.packed, at.get())
+        self.scratch.packed.resize(len as usize, 0);
+        self.scratch.unit.resize(unit as usize, 0);
+        read_exact(&*file.storage, &mut self.scratch.packed, at.get())
             .and_then(|()| {
-                self.unpacker
-                    .unpack(codec, &self.packed, &mut self.unit)
+                self.scratch
+                    .unpacker
+                    .unpack(codec, &self.scratch.packed, &mut self.scratch.unit)
                     .map(|_| ())
                     .map_err(|error| Error::corrupt("compressed cluster", Some(at.get()), error.to_string()))
             })
             .map_err(|error| error.of(&file.path))?;
-        self.held = Some(key);
+        self.scratch.held = Some(key);
         Ok(())
     }
 }

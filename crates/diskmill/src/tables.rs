@@ -10,6 +10,21 @@ use crate::reader::read_full;
 pub(crate) const SLICE: u64 = 64 << 10;
 const SLICES: usize = 8;
 
+/// Where the pieces of metadata tables come from: the file, or a writer that has changed some of them.
+pub(crate) trait Tables: Send + Sync {
+    /// The piece at `at`, at least `len` bytes of it.
+    ///
+    /// # Errors
+    /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
+    fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>>;
+}
+
+impl<T: Tables + ?Sized> Tables for Arc<T> {
+    fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
+        (**self).slice(at, len)
+    }
+}
+
 /// Pieces of metadata tables, the last few used kept.
 pub(crate) struct TableCache {
     file: SharedStorage,
@@ -21,12 +36,10 @@ impl TableCache {
     pub(crate) fn new(file: SharedStorage, file_len: u64) -> Self {
         Self { file, file_len, slices: Mutex::new(Vec::with_capacity(SLICES)) }
     }
+}
 
-    /// The piece of `len` bytes at `at`.
-    ///
-    /// # Errors
-    /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
-    pub(crate) fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
+impl Tables for TableCache {
+    fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
         let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(position) = slices.iter().position(|(key, bytes)| *key == at && bytes.len() as u64 >= len)
         {

@@ -1,17 +1,17 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_codec::{Codec, is_zero};
 use diskmill_format::qcow2::{
     Cluster, CompressedRef, CompressionType, Geometry, L1Entry, L2Codec, SUBCLUSTERS, Snapshot, feature,
 };
 use diskmill_format::{GuestOffset, HostOffset};
-use diskmill_io::SharedStorage;
 
 use super::{Qcow2Info, lossy};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
 use crate::probe::Format;
-use crate::tables::{SLICE, TableCache};
+use crate::tables::{SLICE, Tables};
 
 /// The active state, or one snapshot, of a qcow2 image.
 pub(crate) struct Qcow2Layout {
@@ -20,17 +20,36 @@ pub(crate) struct Qcow2Layout {
     entries: L2Codec,
     codec: Codec,
     l1_offset: u64,
-    tables: TableCache,
+    tables: Box<dyn Tables>,
     /// The image file, for compressed clusters, and the one with plain clusters.
-    image: (FileId, u64),
-    data: (FileId, u64),
+    image: FileLen,
+    data: FileLen,
 }
 
-/// The files of an image and their lengths.
+/// A file and its length, which grows if the image is written to.
+#[derive(Clone)]
+pub(crate) struct FileLen {
+    id: FileId,
+    len: Arc<AtomicU64>,
+}
+
+impl FileLen {
+    pub(crate) const fn new(id: FileId, len: Arc<AtomicU64>) -> Self {
+        Self { id, len }
+    }
+
+    fn get(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+}
+
+/// The files of an image.
 pub(crate) struct Files {
-    pub(crate) image: (SharedStorage, FileId, u64),
+    /// The metadata of the image file.
+    pub(crate) tables: Box<dyn Tables>,
+    pub(crate) image: FileLen,
     /// The external data file.
-    pub(crate) data: Option<(FileId, u64)>,
+    pub(crate) data: Option<FileLen>,
 }
 
 impl Qcow2Layout {
@@ -69,8 +88,6 @@ impl Qcow2Layout {
             warnings: Vec::new(),
             specific: FormatInfo::Raw,
         };
-        let (file, image_id, image_len) = files.image;
-        let image = (image_id, image_len);
         Ok(Self {
             geometry,
             entries: L2Codec::new(geometry, header.version, header.has(feature::DATA_FILE)),
@@ -79,9 +96,9 @@ impl Qcow2Layout {
                 CompressionType::Zstd => Codec::Zstd,
             },
             l1_offset,
-            tables: TableCache::new(file, image_len),
-            image,
-            data: files.data.unwrap_or(image),
+            tables: files.tables,
+            data: files.data.unwrap_or_else(|| files.image.clone()),
+            image: files.image,
             info: ImageInfo { specific: FormatInfo::Qcow2(Box::new(read)), ..info },
         })
     }
@@ -161,7 +178,7 @@ impl Qcow2Layout {
     /// What stands at `within` bytes into a cluster, up to where that changes or the cluster ends.
     fn in_cluster(&self, cluster: Cluster, within: u64) -> LayerExtent {
         let size = self.geometry.cluster_size();
-        let file = self.data.0;
+        let file = self.data.id;
         let host_at = |host: HostOffset| HostOffset(host.get() + within);
         let whole = |source| LayerExtent { len: size - within, source };
         match cluster {
@@ -169,7 +186,7 @@ impl Qcow2Layout {
             Cluster::Zero(host) => whole(LayerSource::Zero(host.map(|host| (file, host_at(host))))),
             Cluster::Standard(host) => whole(LayerSource::Data(Source::Raw { file, at: host_at(host) })),
             Cluster::Compressed(CompressedRef { host, len }) => whole(LayerSource::Data(Source::Packed {
-                file: self.image.0,
+                file: self.image.id,
                 at: host,
                 len,
                 unit: size as u32,
@@ -198,8 +215,8 @@ impl Qcow2Layout {
         let LayerSource::Data(source) = extent.source else { return Ok(extent) };
         let (Source::Raw { at, .. } | Source::Packed { at, .. }) = source else { return Ok(extent) };
         let (packed, file_len) = match source {
-            Source::Packed { .. } => (true, self.image.1),
-            _ => (false, self.data.1),
+            Source::Packed { .. } => (true, self.image.get()),
+            _ => (false, self.data.get()),
         };
         let Some(left) = file_len.checked_sub(at.get()).filter(|&left| left > 0) else {
             let what = if packed { "a compressed cluster" } else { "a cluster" };

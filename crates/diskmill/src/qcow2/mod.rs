@@ -9,7 +9,7 @@ mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
 pub use encryption::LuksOptions;
-pub(crate) use layout::{Files, Qcow2Layout};
+pub(crate) use layout::{FileLen, Files, Qcow2Layout};
 pub use options::{Compat, Preallocation, Qcow2Options};
 pub use preallocated::is_metadata_preallocated;
 

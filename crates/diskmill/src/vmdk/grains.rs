@@ -12,7 +12,7 @@ use super::ExtentFile;
 use crate::error::{Error, Kind, Result};
 use crate::layout::{LayerExtent, LayerSource, MapError, Source};
 use crate::reader::{read_exact, read_full};
-use crate::tables::{SLICE, TableCache};
+use crate::tables::{SLICE, TableCache, Tables};
 
 /// As many late warnings are kept for an extent; more would say nothing new.
 const MAX_LATE: usize = 16;

@@ -189,6 +189,48 @@ impl L2Codec {
         fits.then(|| COMPRESSED | (sectors << bits) | host.get())
     }
 
+    /// Whether entry `index` of `table` has the copied bit: its host cluster has refcount 1 and may be written in place.
+    #[must_use]
+    pub fn is_copied(&self, table: &[u8], index: usize) -> bool {
+        let first = index.checked_mul(self.geometry.l2_entry_size()).and_then(|start| table.get(start));
+        first.is_some_and(|byte| byte & 0x80 != 0)
+    }
+
+    /// Sets or clears the copied bit of entry `index`. Returns whether the table has that entry.
+    pub fn set_copied(&self, table: &mut [u8], index: usize, copied: bool) -> bool {
+        let first = index.checked_mul(self.geometry.l2_entry_size()).and_then(|start| table.get_mut(start));
+        let Some(byte) = first else { return false };
+        *byte = *byte & 0x7f | if copied { 0x80 } else { 0 };
+        true
+    }
+
+    /// Makes entry `index` of `table` say `cluster`; with a host cluster, `copied` tells whether its refcount is 1.
+    /// Returns whether the entry exists and can say that: a compressed cluster has a descriptor of its own
+    /// ([`encode_compressed`](Self::encode_compressed)), version 2 has no zero clusters, and only extended entries have
+    /// subclusters.
+    pub fn set(&self, table: &mut [u8], index: usize, cluster: Cluster, copied: bool) -> bool {
+        let extended = self.geometry.extended_l2();
+        let (host, allocated, zero) = match cluster {
+            Cluster::Unallocated => (None, 0, 0),
+            Cluster::Zero(_) if self.version < 3 => return false,
+            Cluster::Zero(host) => (host, 0, u32::MAX),
+            Cluster::Standard(host) => (Some(host), u32::MAX, 0),
+            Cluster::Subclusters { host, allocated, zero } if extended => (host, allocated, zero),
+            Cluster::Subclusters { .. } | Cluster::Compressed(_) => return false,
+        };
+        let size = self.geometry.l2_entry_size();
+        let bytes = index.checked_mul(size).and_then(|start| table.get_mut(start..)?.get_mut(..size));
+        let Some(bytes) = bytes else { return false };
+        let mut first = host.map_or(0, |host| host.get() | if copied { COPIED } else { 0 });
+        if extended {
+            BigEndian::write_u64(&mut bytes[8..], Self::encode_bitmap(allocated, zero));
+        } else if zero != 0 {
+            first |= ZERO;
+        }
+        BigEndian::write_u64(bytes, first);
+        true
+    }
+
     /// The first word of an entry whose host cluster has refcount 1.
     #[must_use]
     pub const fn encode_standard(host: HostOffset) -> u64 {
@@ -249,6 +291,30 @@ mod tests {
         assert!(v2.decode(&1u64.to_be_bytes(), 0).is_err());
         let external = L2Codec { external_data: true, ..codec };
         assert_eq!(external.decode(&COPIED.to_be_bytes(), 0), Ok(Cluster::Standard(HostOffset(0))));
+    }
+
+    #[test]
+    fn what_is_set_is_what_is_decoded() {
+        let host = HostOffset(0x5_0000);
+        let parts = Cluster::Subclusters { host: Some(host), allocated: 0b101, zero: 0b10 };
+        let plain = [Cluster::Unallocated, Cluster::Zero(None), Cluster::Zero(Some(host)), Cluster::Standard(host)];
+        for extended in [false, true] {
+            let codec = codec(16, extended);
+            let mut table = vec![0xff; 64];
+            for cluster in plain.into_iter().chain(extended.then_some(parts)) {
+                for copied in [false, true] {
+                    assert!(codec.set(&mut table, 1, cluster, copied));
+                    assert_eq!(codec.decode(&table, 1), Ok(cluster));
+                    let has_host = !matches!(cluster, Cluster::Unallocated | Cluster::Zero(None));
+                    assert_eq!(codec.is_copied(&table, 1), copied && has_host);
+                }
+            }
+            assert!(codec.set_copied(&mut table, 1, true) && codec.is_copied(&table, 1));
+            assert!(!codec.set(&mut table, 8, Cluster::Unallocated, false), "outside");
+            assert!(extended || !codec.set(&mut table, 0, parts, true));
+        }
+        let v2 = L2Codec { version: 2, ..codec(16, false) };
+        assert!(!v2.set(&mut [0; 8], 0, Cluster::Zero(None), false));
     }
 
     #[test]

@@ -249,6 +249,28 @@ impl Header {
         Ok(())
     }
 
+    /// Writes the fields that an edit may change (size, places and lengths of tables, feature bits) into `sector`, the
+    /// first bytes of the file; the rest of it stays as it is. Returns whether `sector` holds the whole header.
+    ///
+    /// All of them lie in the first 512 bytes, so that one sector write changes them together or not at all.
+    pub fn patch(&self, sector: &mut [u8]) -> bool {
+        let length = if self.version >= 3 { V3_LEN } else { V2_LEN };
+        let Some(out) = sector.get_mut(..length) else { return false };
+        BigEndian::write_u64(&mut out[24..], self.size);
+        BigEndian::write_u32(&mut out[36..], self.l1_size);
+        BigEndian::write_u64(&mut out[40..], self.l1_offset.get());
+        BigEndian::write_u64(&mut out[48..], self.refcount_table_offset.get());
+        BigEndian::write_u32(&mut out[56..], self.refcount_table_clusters);
+        BigEndian::write_u32(&mut out[60..], self.snapshots);
+        BigEndian::write_u64(&mut out[64..], self.snapshots_offset.get());
+        if self.version >= 3 {
+            BigEndian::write_u64(&mut out[72..], self.incompatible);
+            BigEndian::write_u64(&mut out[80..], self.compatible);
+            BigEndian::write_u64(&mut out[88..], self.autoclear);
+        }
+        true
+    }
+
     /// Whether a feature bit of the incompatible set is on.
     #[must_use]
     pub const fn has(&self, incompatible_bit: u64) -> bool {

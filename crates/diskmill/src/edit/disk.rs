@@ -1,0 +1,110 @@
+//! A file that is being written to.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use diskmill_io::SharedStorage;
+
+use crate::error::{Error, Kind, Result};
+
+/// A file of an image that is open for writing: it knows its length, and whether there are writes that no barrier has
+/// covered yet.
+pub(crate) struct Disk {
+    storage: SharedStorage,
+    /// In bytes; shared with the layout that reads the same file.
+    len: Arc<AtomicU64>,
+    unsynced: AtomicBool,
+    /// A barrier failed. The kernel may have dropped what it could not write, so that a second try proves nothing.
+    lost: AtomicBool,
+}
+
+impl Disk {
+    pub(crate) fn new(storage: SharedStorage) -> Result<Self> {
+        let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
+        Ok(Self {
+            storage,
+            len: Arc::new(AtomicU64::new(len)),
+            unsynced: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn storage(&self) -> &SharedStorage {
+        &self.storage
+    }
+
+    pub(crate) fn shared_len(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.len)
+    }
+
+    /// Bytes in the file.
+    pub(crate) fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Writes all of `buf` at `at`.
+    pub(crate) fn write(&self, mut buf: &[u8], mut at: u64) -> Result<()> {
+        self.check()?;
+        while !buf.is_empty() {
+            let written = match self.storage.write_at(buf, at) {
+                Ok(0) => Err(std::io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                done => done,
+            };
+            // Even a failed write may have changed something.
+            self.unsynced.store(true, Ordering::Release);
+            let written = written.map_err(|error| cannot("write", at, error))?;
+            at = at.saturating_add(written as u64);
+            self.len.fetch_max(at, Ordering::AcqRel);
+            buf = buf.get(written..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zeros; its blocks stay allocated if `keep`.
+    pub(crate) fn zero(&self, at: u64, len: u64, keep: bool) -> Result<()> {
+        self.check()?;
+        let done = self.storage.write_zeroes(at, len, keep);
+        self.unsynced.store(true, Ordering::Release);
+        done.map_err(|error| cannot("write zeros", at, error))?;
+        self.len.fetch_max(at.saturating_add(len), Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Cuts the file, or grows it with zeros. Nobody may write past the shorter of both lengths meanwhile.
+    pub(crate) fn set_len(&self, len: u64) -> Result<()> {
+        self.check()?;
+        let done = self.storage.set_len(len);
+        self.unsynced.store(true, Ordering::Release);
+        done.map_err(|error| Error::io(format!("cannot change the length to {len} bytes"), error))?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    /// A barrier: what was written before is durable when it returns.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.check()?;
+        if !self.unsynced.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.storage.sync().map_err(|error| {
+            self.lost.store(true, Ordering::Release);
+            Error::io("cannot make the written data durable", error)
+        })
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(Error::new(
+                Kind::Io,
+                "the disk failed to make earlier writes durable: what was written since the last flush may be lost",
+            )
+            .hint("close the image and open it again"));
+        }
+        Ok(())
+    }
+}
+
+fn cannot(what: &str, at: u64, error: std::io::Error) -> Error {
+    Error::io(format!("cannot {what} at offset {at:#x}"), error)
+}

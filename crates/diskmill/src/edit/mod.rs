@@ -1,0 +1,164 @@
+//! Writing to images that exist: the guest's writes, and changes of the image itself.
+//!
+//! Guest writes go through an [`Image`] that was opened with [`OpenOptions::writable`](crate::OpenOptions::writable):
+//!
+//! ```no_run
+//! use diskmill::{Image, OpenOptions, edit::ZeroHow};
+//!
+//! # fn main() -> Result<(), diskmill::Error> {
+//! let image = Image::open("disk.qcow2", &OpenOptions { writable: true, ..OpenOptions::default() })?;
+//! image.write_at(b"hello", 4096)?;
+//! image.write_zeroes(1 << 20, 1 << 20, ZeroHow::MayUnmap)?;
+//! image.flush()?;
+//! image.close()
+//! # }
+//! ```
+//!
+//! All of it takes `&self` and may be called from several threads. A crash of the machine loses at most what was
+//! written since the last [`Image::flush`]; it never damages the image, and at worst leaves clusters that are allocated
+//! and unused.
+
+mod disk;
+mod qcow2;
+mod ranges;
+mod raw;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+pub(crate) use qcow2::Qcow2Writer;
+pub(crate) use ranges::RangeGuard;
+pub(crate) use raw::RawWriter;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+
+/// What becomes of the space under zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ZeroHow {
+    /// What is allocated stays allocated.
+    #[default]
+    KeepAllocated,
+    /// The space may be given back (NBD without `NO_HOLE`, SCSI `WRITE SAME` with `UNMAP`).
+    MayUnmap,
+}
+
+/// How a format is written to. Ranges lie within the disk.
+pub(crate) trait Writer: Send + Sync {
+    /// Keeps others from moving the guest bytes of `range` while they are read.
+    fn lock(&self, range: Range<u64>) -> RangeGuard<'_>;
+    fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()>;
+    fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()>;
+    fn discard(&self, image: &Image, range: Range<u64>) -> Result<()>;
+    fn flush(&self) -> Result<()>;
+    /// Flushes, and tidies up.
+    fn close(&self) -> Result<()>;
+}
+
+impl<T: Writer> Writer for Arc<T> {
+    fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
+        (**self).lock(range)
+    }
+
+    fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+        (**self).write(image, buf, at)
+    }
+
+    fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {
+        (**self).zero(image, range, how)
+    }
+
+    fn discard(&self, image: &Image, range: Range<u64>) -> Result<()> {
+        (**self).discard(image, range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        (**self).flush()
+    }
+
+    fn close(&self) -> Result<()> {
+        (**self).close()
+    }
+}
+
+impl Image {
+    /// Fills `buf` with the guest bytes from `at` on. Bytes past the end of the disk read as zeros.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for a damaged table or unit or a truncated file, [`Kind::Io`] if the system fails.
+    pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        let _guard = self.guard(at, buf.len() as u64);
+        self.read_unlocked(buf, at)
+    }
+
+    /// Writes all of `buf` to the guest's disk at `at`. Durable after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if the image was not opened writable or the range reaches past the end of the disk;
+    /// [`Kind::Corrupt`], [`Kind::Limit`], [`Kind::Io`]. The guest bytes of the range are undefined then, as after a
+    /// failed write of a real disk; the image stays sound.
+    pub fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
+        match self.writer_for(at, buf.len() as u64)? {
+            Some((writer, _)) => self.named(writer.write(self, buf, at)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes `len` guest bytes at `at` read as zeros.
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at).
+    pub fn write_zeroes(&self, at: u64, len: u64, how: ZeroHow) -> Result<()> {
+        match self.writer_for(at, len)? {
+            Some((writer, range)) => self.named(writer.zero(self, range, how)),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells that the guest does not need `len` bytes at `at` any more. What they read as afterwards depends on the
+    /// format; whole clusters of qcow2 version 3 read as zeros. Parts of clusters stay as they are.
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at).
+    pub fn discard(&self, at: u64, len: u64) -> Result<()> {
+        match self.writer_for(at, len)? {
+            Some((writer, range)) => self.named(writer.discard(self, range)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes durable what was written before. Nothing to do for an image that is not writable.
+    ///
+    /// # Errors
+    /// [`Kind::Io`]; [`Kind::Corrupt`] if damaged refcounts come to light.
+    pub fn flush(&self) -> Result<()> {
+        self.writer().map_or(Ok(()), |writer| self.named(writer.flush()))
+    }
+
+    /// Flushes and closes the image. Dropping it does the same, but cannot report errors.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush).
+    pub fn close(mut self) -> Result<()> {
+        self.close_writer()
+    }
+
+    /// Keeps a range in its place while it is read.
+    pub(crate) fn guard(&self, at: u64, len: u64) -> Option<RangeGuard<'_>> {
+        self.writer().map(|writer| writer.lock(at..at.saturating_add(len)))
+    }
+
+    /// The writer and the range, unless that is empty.
+    fn writer_for(&self, at: u64, len: u64) -> Result<Option<(&dyn Writer, Range<u64>)>> {
+        let Some(writer) = self.writer() else {
+            return Err(Error::invalid("the image was not opened for writing"));
+        };
+        match at.checked_add(len) {
+            Some(end) if end <= self.size() => Ok((len > 0).then_some((writer, at..end))),
+            _ => Err(Error::new(
+                Kind::Invalid,
+                format!("{len} bytes at {at} reach past the end of the disk ({} bytes)", self.size()),
+            )),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Writing to qcow2 images.
+
+mod cache;
+mod guest;
+mod meta;
+mod refcounts;
+mod tables;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use diskmill_format::qcow2::{HeaderArea, feature};
+use diskmill_format::{HostOffset, Limits};
+use diskmill_io::SharedStorage;
+
+use super::disk::Disk;
+use super::ranges::{RangeGuard, RangeLocks};
+use super::{Writer, ZeroHow};
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::qcow2::Qcow2Info;
+use crate::tables::{SLICE, Tables};
+use meta::Meta;
+
+/// An open qcow2 image that can be written to.
+///
+/// Locks, in the order in which they are taken: a range of guest clusters (`ranges`), then the metadata (`meta`). Guest
+/// data moves under the range alone; the metadata is locked to look places up, and again to publish them. So an entry
+/// only ever points to bytes that were written before, and the barriers of a commit cover them.
+pub(crate) struct Qcow2Writer {
+    disk: Arc<Disk>,
+    /// Where plain guest clusters are: the external data file, or the image itself.
+    data: Arc<Disk>,
+    ranges: RangeLocks,
+    meta: Mutex<Meta>,
+    /// Unallocated clusters show a backing file.
+    backed: bool,
+    /// The external data file must be a valid raw image by itself.
+    raw_data: bool,
+}
+
+impl Qcow2Writer {
+    /// Prepares the image for writing.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] for what would be damaged by writing; [`Kind::Corrupt`] for an image that is.
+    pub(crate) fn open(
+        file: &SharedStorage,
+        data: Option<&SharedStorage>,
+        info: &Qcow2Info,
+        limits: &Limits,
+    ) -> Result<Self> {
+        refuse(info, file, limits)?;
+        let area: HeaderArea = info.area.clone();
+        let header = &area.header;
+        let (backed, raw_data) = (area.backing_name.is_some(), header.autoclear & feature::RAW_DATA_FILE != 0);
+        let disk = Arc::new(Disk::new(Arc::clone(file))?);
+        let data = data.map(|data| Disk::new(Arc::clone(data)).map(Arc::new)).transpose()?;
+        let mut meta = Meta::open(Arc::clone(&disk), data.clone(), area, limits.clone())?;
+        meta.clear_unknown_features()?;
+        Ok(Self {
+            data: data.unwrap_or_else(|| Arc::clone(&disk)),
+            disk,
+            ranges: RangeLocks::default(),
+            meta: Mutex::new(meta),
+            backed,
+            raw_data,
+        })
+    }
+
+    /// The image file and the file with plain guest clusters.
+    pub(crate) fn disks(&self) -> (&Disk, &Disk) {
+        (&self.disk, &self.data)
+    }
+
+    fn meta(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Refuses an image that must not be written to as it is.
+fn refuse(info: &Qcow2Info, file: &SharedStorage, limits: &Limits) -> Result<()> {
+    if info.corrupt {
+        return Err(Error::new(Kind::Corrupt, "the image is marked as corrupt: it is not written to")
+            .hint("`qemu-img check -r all` repairs it and clears the mark"));
+    }
+    if info.dirty {
+        return Err(Error::unsupported("writing to an image whose refcounts are out of date (dirty bit)")
+            .hint("`qemu-img check -r all` brings them up to date"));
+    }
+    crate::qcow2::refuse_encryption(&info.area.header)?;
+    let bitmaps = crate::qcow2::read_bitmaps(info, &**file, limits)?;
+    if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.auto && !bitmap.in_use) {
+        let name = crate::qcow2::lossy(&bitmap.name);
+        return Err(Error::unsupported(format!("recording writes in a persistent bitmap ({name:?} is enabled)"))
+            .hint("`qemu-img bitmap --disable` or `--remove` allows to write"));
+    }
+    Ok(())
+}
+
+impl Tables for Qcow2Writer {
+    fn slice(&self, at: u64, _len: u64) -> Result<Arc<[u8]>> {
+        let mut meta = self.meta();
+        let l1 = meta.active();
+        let end = l1.offset.saturating_add(u64::from(l1.entries) * 8);
+        let len = match (l1.offset..end).contains(&at) {
+            true => SLICE.min(end - at),
+            false => meta.slice_size(),
+        };
+        let Meta { cache, disk, .. } = &mut *meta;
+        cache.get(disk, at, len, cache::Class::Mapping)
+    }
+}
+
+impl Writer for Qcow2Writer {
+    fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
+        self.ranges.lock(range, false)
+    }
+
+    fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+        self.write_guest(image, buf, at)
+    }
+
+    fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {
+        self.zero_guest(image, range, how)
+    }
+
+    fn discard(&self, image: &Image, range: Range<u64>) -> Result<()> {
+        self.discard_guest(image, range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let mut meta = self.meta();
+        meta.commit()?;
+        meta.sync()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.meta().close()
+    }
+}
+
+/// The host offset `host` moved by `bytes`.
+fn moved(host: HostOffset, bytes: u64) -> u64 {
+    host.get().saturating_add(bytes)
+}
