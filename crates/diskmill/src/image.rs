@@ -12,8 +12,8 @@ use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
 use diskmill_format::{GuestOffset, Limits};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
-use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::edit::{Qcow2Writer, RawWriter, Writer};
+use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{
     Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source,
@@ -355,6 +355,13 @@ impl Image {
         self.writer.as_deref()
     }
 
+    /// Makes `layout` what the image itself has.
+    pub(crate) fn replace_top(&mut self, layout: Box<dyn Layout>) {
+        if let Some(top) = self.layers.first_mut() {
+            top.layout = layout;
+        }
+    }
+
     /// Closes the writer, if there is one, for good.
     pub(crate) fn close_writer(&mut self) -> Result<()> {
         self.writer.take().map_or(Ok(()), |writer| self.named(writer.close()))
@@ -457,8 +464,7 @@ impl<'a> Opener<'a> {
     /// nobody can exchange it.
     fn open_file(&mut self, path: &Path, named: Option<(&Path, &str)>) -> Result<SharedStorage> {
         let writable = self.writable();
-        let how =
-            OpenHow { read: true, write: writable, direct: self.options.direct, ..OpenHow::default() };
+        let how = OpenHow { read: true, write: writable, direct: self.options.direct, ..OpenHow::default() };
         let storage =
             FileStorage::open(path, &how).map_err(|error| Error::io("cannot open", error).of(path))?;
         let meta = storage.file().metadata().map_err(|error| Error::io("cannot open", error).of(path))?;
@@ -620,23 +626,18 @@ impl<'a> Opener<'a> {
             clusters = Some((Arc::new(EncryptedStorage::new(file, Arc::new(cipher))), path, len));
         }
         let data = clusters.as_ref().map(|(file, path, len)| (file, self.file_id(file, path), *len));
-        let files = if self.writable() {
-            let writer = Qcow2Writer::open(&storage, data.map(|(file, ..)| file), &read, &self.options.limits)?;
+        if self.writable() {
+            let data = data.map(|(file, id, _)| (file, id));
+            let writer = Qcow2Writer::open((&storage, id), data, &read, &self.options.limits)?;
             let writer = Arc::new(writer);
-            let (disk, data_disk) = writer.disks();
-            let files = Files {
-                tables: Box::new(Arc::clone(&writer)),
-                image: FileLen::new(id, disk.shared_len()),
-                data: data.map(|(_, id, _)| FileLen::new(id, data_disk.shared_len())),
-            };
+            let layout = writer.layout()?;
             self.image.writer = Some(Box::new(writer));
-            files
-        } else {
-            Files {
-                tables: Box::new(TableCache::new(Arc::clone(&storage), len)),
-                image: FileLen::new(id, Arc::new(len.into())),
-                data: data.map(|(_, id, len)| FileLen::new(id, Arc::new(len.into()))),
-            }
+            return Ok((Box::new(layout), next));
+        }
+        let files = Files {
+            tables: Box::new(TableCache::new(Arc::clone(&storage), len)),
+            image: FileLen::new(id, Arc::new(len.into())),
+            data: data.map(|(_, id, len)| FileLen::new(id, Arc::new(len.into()))),
         };
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
         if crypt != CryptMethod::Aes {
@@ -726,7 +727,7 @@ impl Opener<'_> {
     }
 }
 
-fn find_snapshot<'s>(snapshots: &'s [Snapshot], wanted: &SnapshotRef) -> Result<&'s Snapshot> {
+pub(crate) fn find_snapshot<'s>(snapshots: &'s [Snapshot], wanted: &SnapshotRef) -> Result<&'s Snapshot> {
     let is = |field: &[u8], text: &String| field == text.as_bytes();
     let found = match wanted {
         SnapshotRef::Any(text) => {

@@ -3,10 +3,11 @@
 //! `PROPTEST_CASES` sets the number of cases (default 48 here); a failure prints the smallest case.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use diskmill::edit::ZeroHow;
-use diskmill::{Allow, Image, OpenOptions, OpenPolicy};
+use diskmill::{Allow, Image, OpenOptions, OpenPolicy, SnapshotRef};
 use diskmill_testkit::{ModelDisk, Op, Oracle, Step, legalise, ops, scratch, unpack};
 use proptest::prelude::*;
 
@@ -67,13 +68,36 @@ fn kind() -> impl Strategy<Value = Kind> {
     )
 }
 
-/// Steps, and whether we do them (or qemu-io).
-type Round = (bool, Vec<Step>);
+/// What is done, and whether by us or by QEMU's tools.
+#[derive(Clone, Debug)]
+struct Round {
+    ours: bool,
+    act: Act,
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write(Vec<Step>),
+    Snapshot,
+    /// One of those that there are, by a number of any size.
+    Apply(usize),
+    Delete(usize),
+}
+
+fn round(size: u64, cluster: u64) -> impl Strategy<Value = Round> {
+    let act = prop_oneof![
+        6 => ops(size, cluster, 1..14).prop_map(Act::Write),
+        2 => Just(Act::Snapshot),
+        1 => any::<usize>().prop_map(Act::Apply),
+        1 => any::<usize>().prop_map(Act::Delete),
+    ];
+    (any::<bool>(), act).prop_map(|(ours, act)| Round { ours, act })
+}
 
 fn case() -> impl Strategy<Value = (Kind, Vec<Step>, Vec<Round>)> {
     kind().prop_flat_map(|kind| {
         let cluster = kind.cluster();
-        let rounds = proptest::collection::vec((any::<bool>(), ops(kind.size, cluster, 1..14)), 1..5);
+        let rounds = proptest::collection::vec(round(kind.size, cluster), 1..9);
         (Just(kind.clone()), ops(kind.size, cluster, 1..8), rounds)
     })
 }
@@ -126,29 +150,110 @@ fn check((kind, base, rounds): (Kind, Vec<Step>, Vec<Round>)) {
     } else {
         q.create("a.qcow2", &kind.options(), size);
     }
-    let mut fresh = true;
-    for (ours, mut steps) in rounds {
-        // QEMU takes compressed writes only where nothing was written.
-        if !fresh || kind.data_file || kind.preallocated {
-            unpack(&mut steps);
+    let mut disk = Disk { q, path: dir.join("a.qcow2"), model, snapshots: Vec::new(), count: 0, fresh: true };
+    for round in rounds {
+        if !disk.round(&kind, round) {
+            return;
         }
-        legalise(&mut steps, size, cluster);
-        fresh = false;
-        if ours {
-            we_write(&dir.join("a.qcow2"), &steps, &mut model);
-        } else {
-            if let Err(refusal) = q.try_write("a.qcow2", "qcow2", &steps) {
-                assert!(steps.iter().any(|step| matches!(step.op, Op::Compressed(_))), "{refusal}");
-                return;
-            }
-            steps.iter().for_each(|step| model.apply(step));
-        }
-        q.check_clean("a.qcow2");
-        same(&q.content("a.qcow2", "qcow2"), model.bytes(), "qemu-img reads");
+        disk.q.check_clean("a.qcow2");
+        same(&disk.q.content("a.qcow2", "qcow2"), disk.model.bytes(), "qemu-img reads");
         if kind.data_file_raw {
             let raw = std::fs::read(dir.join("data.raw")).unwrap();
-            same(&raw[..model.bytes().len()], model.bytes(), "the raw data file");
+            same(&raw[..disk.model.bytes().len()], disk.model.bytes(), "the raw data file");
         }
+        for (name, model) in &disk.snapshots {
+            let snapshot = Some(SnapshotRef::Any(name.clone()));
+            let image =
+                Image::open(&disk.path, &OpenOptions { writable: false, snapshot, ..options() }).unwrap();
+            same(&content(&image), model.bytes(), &format!("snapshot {name}"));
+        }
+    }
+}
+
+/// The image and what it must hold.
+struct Disk {
+    q: Oracle,
+    path: PathBuf,
+    model: ModelDisk,
+    snapshots: Vec<(String, ModelDisk)>,
+    /// Snapshots that were ever taken.
+    count: u32,
+    fresh: bool,
+}
+
+impl Disk {
+    /// Does one round. Returns whether the case goes on.
+    fn round(&mut self, kind: &Kind, Round { ours, act }: Round) -> bool {
+        // Where refcounts overflow QEMU stops half-way.
+        let ours = ours || (kind.refcount_order < 4 && !kind.v2 && !matches!(act, Act::Write(_)));
+        match act {
+            Act::Write(steps) => return self.write(kind, ours, steps),
+            Act::Snapshot | Act::Apply(_) | Act::Delete(_) if kind.data_file => {}
+            Act::Snapshot => {
+                self.count += 1;
+                let name = format!("s{}", self.count);
+                if !ours {
+                    self.q.img(["snapshot", "-c", &name, "a.qcow2"]).ok();
+                } else if let Err(error) = self.edit(|image| image.create_snapshot(&name, SystemTime::now()))
+                {
+                    assert!(kind.refcount_order < 4 && error.kind() == diskmill::Kind::Limit, "{error}");
+                    return true;
+                }
+                self.snapshots.push((name, self.model.clone()));
+            }
+            Act::Apply(_) | Act::Delete(_) if self.snapshots.is_empty() => {}
+            Act::Apply(which) => {
+                let (name, model) = self.snapshots[which % self.snapshots.len()].clone();
+                let wanted = SnapshotRef::Any(name.clone());
+                if !ours {
+                    self.q.img(["snapshot", "-a", &name, "a.qcow2"]).ok();
+                } else if let Err(error) = self.edit(|image| image.apply_snapshot(&wanted)) {
+                    assert!(kind.refcount_order < 4 && error.kind() == diskmill::Kind::Limit, "{error}");
+                    return true;
+                }
+                self.model = model;
+            }
+            Act::Delete(which) => {
+                let (name, _) = self.snapshots.remove(which % self.snapshots.len());
+                if ours {
+                    self.edit(|image| image.delete_snapshot(&SnapshotRef::Any(name))).unwrap();
+                } else {
+                    self.q.img(["snapshot", "-d", &name, "a.qcow2"]).ok();
+                }
+            }
+        }
+        true
+    }
+
+    /// Changes the image, and reads it before it is closed.
+    fn edit<T>(
+        &self,
+        change: impl FnOnce(&mut Image) -> Result<T, diskmill::Error>,
+    ) -> Result<(), diskmill::Error> {
+        let mut image = Image::open(&self.path, &options()).unwrap();
+        let done = change(&mut image).map(drop);
+        content(&image);
+        image.close().unwrap();
+        done
+    }
+
+    fn write(&mut self, kind: &Kind, ours: bool, mut steps: Vec<Step>) -> bool {
+        // QEMU takes compressed writes only where nothing was written.
+        if !self.fresh || kind.data_file || kind.preallocated {
+            unpack(&mut steps);
+        }
+        legalise(&mut steps, kind.size, kind.cluster());
+        self.fresh = false;
+        if ours {
+            we_write(&self.path, &steps, &mut self.model);
+        } else {
+            if let Err(refusal) = self.q.try_write("a.qcow2", "qcow2", &steps) {
+                assert!(steps.iter().any(|step| matches!(step.op, Op::Compressed(_))), "{refusal}");
+                return false;
+            }
+            steps.iter().for_each(|step| self.model.apply(step));
+        }
+        true
     }
 }
 

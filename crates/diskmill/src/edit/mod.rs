@@ -22,6 +22,7 @@ mod disk;
 mod qcow2;
 mod ranges;
 mod raw;
+mod snapshot;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,31 +54,9 @@ pub(crate) trait Writer: Send + Sync {
     fn flush(&self) -> Result<()>;
     /// Flushes, and tidies up.
     fn close(&self) -> Result<()>;
-}
-
-impl<T: Writer> Writer for Arc<T> {
-    fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
-        (**self).lock(range)
-    }
-
-    fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
-        (**self).write(image, buf, at)
-    }
-
-    fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {
-        (**self).zero(image, range, how)
-    }
-
-    fn discard(&self, image: &Image, range: Range<u64>) -> Result<()> {
-        (**self).discard(image, range)
-    }
-
-    fn flush(&self) -> Result<()> {
-        (**self).flush()
-    }
-
-    fn close(&self) -> Result<()> {
-        (**self).close()
+    /// The writer of a qcow2 image, for changes that only that format has.
+    fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
+        None
     }
 }
 
@@ -141,6 +120,28 @@ impl Image {
     /// As [`flush`](Self::flush).
     pub fn close(mut self) -> Result<()> {
         self.close_writer()
+    }
+
+    /// Changes the image itself, which must be qcow2 and writable, and takes notice of its new header. `what` is what
+    /// other formats do not have.
+    pub(crate) fn edit_qcow2<T>(
+        &mut self,
+        what: &str,
+        change: impl FnOnce(&Qcow2Writer) -> Result<T>,
+    ) -> Result<T> {
+        let Some(writer) = self.writer() else {
+            return Err(Error::invalid("the image was not opened for writing"));
+        };
+        let Some(writer) = writer.qcow2().map(Arc::clone) else {
+            let format = self.info().format;
+            return self.named(Err(Error::unsupported(format!("changing the {what} of a {format} image"))));
+        };
+        let result = change(&writer);
+        let layout = writer.layout();
+        let result = result.and_then(|value| layout.map(|layout| (value, layout)));
+        let (value, layout) = self.named(result)?;
+        self.replace_top(Box::new(layout));
+        Ok(value)
     }
 
     /// Keeps a range in its place while it is read.

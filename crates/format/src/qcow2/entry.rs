@@ -297,7 +297,8 @@ mod tests {
     fn what_is_set_is_what_is_decoded() {
         let host = HostOffset(0x5_0000);
         let parts = Cluster::Subclusters { host: Some(host), allocated: 0b101, zero: 0b10 };
-        let plain = [Cluster::Unallocated, Cluster::Zero(None), Cluster::Zero(Some(host)), Cluster::Standard(host)];
+        let plain =
+            [Cluster::Unallocated, Cluster::Zero(None), Cluster::Zero(Some(host)), Cluster::Standard(host)];
         for extended in [false, true] {
             let codec = codec(16, extended);
             let mut table = vec![0xff; 64];

@@ -25,9 +25,54 @@ pub struct Snapshot {
     pub disk_size: Option<u64>,
     /// Instructions executed, where the VM counted them.
     pub icount: Option<u64>,
+    /// All extra data as it stands in the file: what is not known here is kept on a rewrite.
+    pub extra: Vec<u8>,
 }
 
 const FIXED: usize = 40;
+/// Extra data that QEMU writes: size of the VM state, disk size, instruction count.
+const EXTRA: usize = 24;
+
+impl Snapshot {
+    /// The entry of the snapshot table, padded. `extra` is brought up to date with the fields that it holds: up to the
+    /// last one it has, or all of them if it is empty, as for a new snapshot.
+    ///
+    /// # Errors
+    /// [`Problem::Limit`](crate::Problem::Limit) if id or name are longer than 65,535 bytes.
+    pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        let len = |what: &str, bytes: &[u8]| {
+            let message = format!("a snapshot {what} of {} bytes; at most 65535 are possible", bytes.len());
+            u16::try_from(bytes.len()).map_err(|_| FormatError::limit("snapshot table", message))
+        };
+        let mut extra = self.extra.clone();
+        if extra.is_empty() && self.disk_size.is_some() {
+            extra.resize(EXTRA, 0);
+        }
+        let fields = [Some(self.vm_state_size), self.disk_size, Some(self.icount.unwrap_or(u64::MAX))];
+        for (slot, value) in extra.as_chunks_mut::<8>().0.iter_mut().zip(fields) {
+            if let Some(value) = value {
+                *slot = value.to_be_bytes();
+            }
+        }
+        let mut out = Vec::with_capacity(FIXED + extra.len() + self.id.len() + self.name.len() + 7);
+        out.extend(self.l1_offset.get().to_be_bytes());
+        out.extend(self.l1_size.to_be_bytes());
+        out.extend(len("id", &self.id)?.to_be_bytes());
+        out.extend(len("name", &self.name)?.to_be_bytes());
+        out.extend(self.date_sec.to_be_bytes());
+        out.extend(self.date_nsec.to_be_bytes());
+        out.extend(self.vm_clock_nsec.to_be_bytes());
+        // The specification asks for both copies; the narrow one is 0 if the size does not fit.
+        out.extend(u32::try_from(self.vm_state_size).unwrap_or(0).to_be_bytes());
+        // Parsing bounds it, and a new one has 24 bytes.
+        out.extend((extra.len() as u32).to_be_bytes());
+        out.extend(extra);
+        out.extend(&self.id);
+        out.extend(&self.name);
+        out.resize(out.len().next_multiple_of(8), 0);
+        Ok(out)
+    }
+}
 
 /// Parses the first `count` entries of a snapshot table that stands at `offset`.
 ///
@@ -93,6 +138,7 @@ fn parse_one(bytes: &[u8], limits: &Limits) -> Result<(Snapshot, usize), FormatE
         vm_state_size: extra_u64(0).unwrap_or_else(|| u64::from(BigEndian::read_u32(&fixed[32..]))),
         disk_size: extra_u64(8),
         icount: extra_u64(16).filter(|&count| count != u64::MAX),
+        extra: extra.to_vec(),
     };
     let len = (FIXED + extra.len() + id_len + name_len).next_multiple_of(8);
     Ok((snapshot, len))
@@ -123,6 +169,12 @@ mod tests {
         assert_eq!(len, two.len());
         assert_eq!((got[1].id.as_slice(), got[1].name.as_slice()), (&b"1"[..], &b"ab"[..]));
         assert_eq!((got[1].l1_offset.get(), got[1].l1_size, got[1].disk_size), (0x300, 7, Some(4096)));
+        assert_eq!(got[0].encode().unwrap(), entry());
+        let renamed = Snapshot { name: b"other".to_vec(), extra: Vec::new(), ..got[0].clone() };
+        let bytes = renamed.encode().unwrap();
+        let (again, _) = parse_snapshots(&bytes, 1, HostOffset(0), &Limits::default()).unwrap();
+        assert_eq!(again[0].extra.len(), 24);
+        assert_eq!(Snapshot { extra: Vec::new(), ..again[0].clone() }, renamed);
         for cut in 0..entry().len() - 6 {
             assert!(parse_snapshots(&entry()[..cut], 1, HostOffset(0), &Limits::default()).is_err(), "{cut}");
         }

@@ -115,9 +115,8 @@ impl Cache {
         if self.dirty == 0 {
             return Ok(());
         }
-        let changed = |(&at, slice): (&u64, &Slice)| {
-            (!slice.dirty.is_empty() && which(at, slice.class)).then_some(at)
-        };
+        let changed =
+            |(&at, slice): (&u64, &Slice)| (!slice.dirty.is_empty() && which(at, slice.class)).then_some(at);
         let mut chosen: Vec<u64> = self.slices.iter().filter_map(changed).collect();
         chosen.sort_unstable();
         for at in chosen {
@@ -184,8 +183,9 @@ impl Cache {
 fn load(disk: &Disk, at: u64, len: u64) -> Result<Arc<[u8]>> {
     let file_len = disk.len();
     let past_end = || {
-        let message =
-            format!("offset {at:#x} lies past the end of the file ({file_len} bytes): the image is truncated");
+        let message = format!(
+            "offset {at:#x} lies past the end of the file ({file_len} bytes): the image is truncated"
+        );
         Error::new(Kind::Corrupt, message)
     };
     if at.checked_add(len).is_none_or(|end| end > file_len) {

@@ -82,12 +82,17 @@ impl Qcow2Writer {
         let written = self.write_targets(image, buf, &range, &targets);
         let mut meta = self.meta();
         match written {
-            Ok(()) => targets.iter().filter_map(|target| Some((target.guest, target.link.as_ref()?))).try_for_each(
-                |(guest, link)| {
+            Ok(()) => targets
+                .iter()
+                .filter_map(|target| Some((target.guest, target.link.as_ref()?)))
+                .try_for_each(|(guest, link)| {
                     meta.set_entry(guest, link.new)?;
-                    if link.old.cluster_host() == link.new.cluster_host() { Ok(()) } else { meta.release(link.old) }
-                },
-            ),
+                    if link.old.cluster_host() == link.new.cluster_host() {
+                        Ok(())
+                    } else {
+                        meta.release(link.old)
+                    }
+                }),
             Err(error) => {
                 meta.give_back(&targets);
                 Err(error)
@@ -152,7 +157,11 @@ impl Qcow2Writer {
             return self.zero_plainly(image, range);
         }
         self.zero_plainly(image, range.start..start)?;
-        self.change_entries(start..end, |meta, guest, part| meta.zeroed_entry(guest, part, how, self.backed), image)?;
+        self.change_entries(
+            start..end,
+            |meta, guest, part| meta.zeroed_entry(guest, part, how, self.backed),
+            image,
+        )?;
         self.zero_plainly(image, end..range.end)
     }
 
@@ -255,7 +264,7 @@ pub(super) enum Change {
 
 impl Entry {
     /// The plain host cluster that the entry refers to; compressed payloads are none.
-    fn cluster_host(&self) -> Option<HostOffset> {
+    pub(super) fn cluster_host(&self) -> Option<HostOffset> {
         match self.cluster {
             Cluster::Standard(host)
             | Cluster::Zero(Some(host))
@@ -305,7 +314,8 @@ impl Meta {
             let end = (guest + size).min(range.end);
             let entry = self.entry(guest)?;
             let touched = self.touched(guest, &(at..end));
-            let Some(host) = self.writable_host(entry, guest)?.filter(|_| touched & !entry.masks().0 == 0) else {
+            let Some(host) = self.writable_host(entry, guest)?.filter(|_| touched & !entry.masks().0 == 0)
+            else {
                 return Ok(None);
             };
             let (host, len) = (moved(host, at - guest), end - at);
@@ -323,7 +333,8 @@ impl Meta {
         let Some(host) = entry.cluster_host() else { return Ok(None) };
         if self.data.is_some() {
             if host.get() != guest {
-                let why = format!("guest offset {guest:#x} is not at the same offset of the external data file");
+                let why =
+                    format!("guest offset {guest:#x} is not at the same offset of the external data file");
                 return Err(Error::new(Kind::Corrupt, why).within("L2 table", host.get()));
             }
             return Ok(Some(host));

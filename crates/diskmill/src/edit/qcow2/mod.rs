@@ -4,6 +4,7 @@ mod cache;
 mod guest;
 mod meta;
 mod refcounts;
+mod snapshots;
 mod tables;
 
 use std::ops::Range;
@@ -18,7 +19,8 @@ use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::qcow2::Qcow2Info;
+use crate::layout::FileId;
+use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
 use meta::Meta;
 
@@ -37,6 +39,8 @@ pub(crate) struct Qcow2Writer {
     backed: bool,
     /// The external data file must be a valid raw image by itself.
     raw_data: bool,
+    /// The image file, and the external data file.
+    ids: (FileId, Option<FileId>),
 }
 
 impl Qcow2Writer {
@@ -45,17 +49,19 @@ impl Qcow2Writer {
     /// # Errors
     /// [`Kind::Unsupported`] for what would be damaged by writing; [`Kind::Corrupt`] for an image that is.
     pub(crate) fn open(
-        file: &SharedStorage,
-        data: Option<&SharedStorage>,
+        (file, id): (&SharedStorage, FileId),
+        data: Option<(&SharedStorage, FileId)>,
         info: &Qcow2Info,
         limits: &Limits,
     ) -> Result<Self> {
         refuse(info, file, limits)?;
         let area: HeaderArea = info.area.clone();
         let header = &area.header;
-        let (backed, raw_data) = (area.backing_name.is_some(), header.autoclear & feature::RAW_DATA_FILE != 0);
+        let (backed, raw_data) =
+            (area.backing_name.is_some(), header.autoclear & feature::RAW_DATA_FILE != 0);
         let disk = Arc::new(Disk::new(Arc::clone(file))?);
-        let data = data.map(|data| Disk::new(Arc::clone(data)).map(Arc::new)).transpose()?;
+        let ids = (id, data.map(|(_, id)| id));
+        let data = data.map(|(data, _)| Disk::new(Arc::clone(data)).map(Arc::new)).transpose()?;
         let mut meta = Meta::open(Arc::clone(&disk), data.clone(), area, limits.clone())?;
         meta.clear_unknown_features()?;
         Ok(Self {
@@ -65,12 +71,22 @@ impl Qcow2Writer {
             meta: Mutex::new(meta),
             backed,
             raw_data,
+            ids,
         })
     }
 
-    /// The image file and the file with plain guest clusters.
-    pub(crate) fn disks(&self) -> (&Disk, &Disk) {
-        (&self.disk, &self.data)
+    /// The active state as it is now, for reading. To be made anew when the header has changed.
+    pub(crate) fn layout(self: &Arc<Self>) -> Result<Qcow2Layout> {
+        let info = {
+            let meta = self.meta();
+            Qcow2Info::read(&**meta.disk.storage(), &meta.limits)?
+        };
+        let files = Files {
+            tables: Box::new(Arc::clone(self)),
+            image: FileLen::new(self.ids.0, self.disk.shared_len()),
+            data: self.ids.1.map(|id| FileLen::new(id, self.data.shared_len())),
+        };
+        Qcow2Layout::new(info, files, None)
     }
 
     fn meta(&self) -> MutexGuard<'_, Meta> {
@@ -92,8 +108,10 @@ fn refuse(info: &Qcow2Info, file: &SharedStorage, limits: &Limits) -> Result<()>
     let bitmaps = crate::qcow2::read_bitmaps(info, &**file, limits)?;
     if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.auto && !bitmap.in_use) {
         let name = crate::qcow2::lossy(&bitmap.name);
-        return Err(Error::unsupported(format!("recording writes in a persistent bitmap ({name:?} is enabled)"))
-            .hint("`qemu-img bitmap --disable` or `--remove` allows to write"));
+        return Err(Error::unsupported(format!(
+            "recording writes in a persistent bitmap ({name:?} is enabled)"
+        ))
+        .hint("`qemu-img bitmap --disable` or `--remove` allows to write"));
     }
     Ok(())
 }
@@ -112,7 +130,7 @@ impl Tables for Qcow2Writer {
     }
 }
 
-impl Writer for Qcow2Writer {
+impl Writer for Arc<Qcow2Writer> {
     fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
         self.ranges.lock(range, false)
     }
@@ -127,6 +145,10 @@ impl Writer for Qcow2Writer {
 
     fn discard(&self, image: &Image, range: Range<u64>) -> Result<()> {
         self.discard_guest(image, range)
+    }
+
+    fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
+        Some(self)
     }
 
     fn flush(&self) -> Result<()> {

@@ -50,7 +50,10 @@ impl Meta {
             let bits = self.width.bits();
             return Err(Error::new(
                 Kind::Limit,
-                format!("more than {} references to a cluster do not fit into refcounts of {bits} bits", self.width.max()),
+                format!(
+                    "more than {} references to a cluster do not fit into refcounts of {bits} bits",
+                    self.width.max()
+                ),
             )
             .hint("an image with larger refcount_bits can have them"));
         }
@@ -300,7 +303,10 @@ impl Meta {
             let need = self.block_table_clusters();
             if need <= clusters {
                 if clusters.saturating_mul(self.cluster_size()) > self.limits.qcow2_refcount_table_bytes {
-                    return Err(Error::new(Kind::Limit, "the refcount table would be larger than QEMU accepts"));
+                    return Err(Error::new(
+                        Kind::Limit,
+                        "the refcount table would be larger than QEMU accepts",
+                    ));
                 }
                 return Ok((HostOffset(run.host), clusters as u32));
             }

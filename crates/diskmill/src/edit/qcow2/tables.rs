@@ -112,8 +112,7 @@ impl Meta {
         let (at, slot) = self.l2_place(table, index);
         let size = self.geometry.l2_entry_size();
         let (codec, len) = (self.entries, self.slice_size());
-        let bytes =
-            self.cache.modify(&self.disk, at, len, Class::Mapping, slot * size..(slot + 1) * size)?;
+        let bytes = self.cache.modify(&self.disk, at, len, Class::Mapping, slot * size..(slot + 1) * size)?;
         codec.set_copied(bytes, slot, copied);
         Ok(())
     }
