@@ -1,7 +1,7 @@
 //! Looks for damage in images, and repairs qcow2 images, as `qemu-img check` does.
 //!
 //! The references to each host cluster are counted and compared with the refcounts that the image keeps. Counts are
-//! sparse and compact ([`counts`]), each table is read once however often it is referred to, and holes are not read: the
+//! sparse and compact (`counts`), each table is read once however often it is referred to, and holes are not read: the
 //! cost grows with the data, and a hostile image cannot make it grow beyond [`Limits::check_bytes`].
 
 mod counts;
