@@ -84,6 +84,7 @@ impl Options {
             compression: if self.zstd { CompressionType::Zstd } else { CompressionType::Zlib },
             backing_file: backing.then(|| "base".to_owned()),
             backing_format: backing.then(|| "raw".to_owned()),
+            encryption: None,
         };
         // Most contradictions are refused at once: without this few inputs would get further.
         if !self.careless {
