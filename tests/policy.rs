@@ -216,7 +216,7 @@ fn a_raw_backing_file_that_looks_like_qcow2_stays_raw() {
 fn encryption_is_refused_by_name() {
     let dir = scratch();
     let dir = dir.path();
-    for (method, word) in [(1, "AES"), (2, "LUKS"), (77, "77")] {
+    for (method, word) in [(1, "passphrase"), (2, "LUKS"), (77, "77")] {
         let image = ImageBuilder::new(3, 16, SIZE).build();
         let image = image.put32(field::CRYPT_METHOD, method);
         image.write(&dir.join("top.qcow2"));

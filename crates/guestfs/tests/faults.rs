@@ -74,7 +74,7 @@ fn an_appliance_killed_in_the_middle_of_a_command() {
 #[test]
 fn guestfish_killed_and_an_appliance_that_hangs() {
     let Some(mut options) = options() else { return };
-    options.settings.call_timeout = Some(Duration::from_secs(3));
+    options.settings.call_timeout = Some(Duration::from_secs(25));
     let dir = tempfile::tempdir().unwrap();
     let disk = empty_disk(dir.path());
     let mut session = formatted(&disk, options.clone());
@@ -83,7 +83,7 @@ fn guestfish_killed_and_an_appliance_that_hangs() {
     let began = Instant::now();
     let error = session.call(&Command::new("sync")).unwrap_err();
     assert_eq!(error.kind(), Kind::Timeout, "{error}");
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
     running.assert_gone();
 
     // The image is as the last finished operation left it, and can be used again at once.

@@ -179,7 +179,11 @@ impl Qcow2Options {
             }
             other => {
                 if let Some(name) = other.strip_prefix("encrypt.") {
-                    return self.encryption.get_or_insert_default().set(name, value);
+                    // Set as a whole: an error leaves the options as they were.
+                    let mut encryption = self.encryption.clone().unwrap_or_default();
+                    encryption.set(name, value)?;
+                    self.encryption = Some(encryption);
+                    return Ok(());
                 }
                 return Err(Error::invalid(format!("qcow2 has no option {other:?}"))
                     .hint(format!("it has {}", Self::NAMES.join(", "))));

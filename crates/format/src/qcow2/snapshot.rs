@@ -169,7 +169,10 @@ mod tests {
         assert_eq!(len, two.len());
         assert_eq!((got[1].id.as_slice(), got[1].name.as_slice()), (&b"1"[..], &b"ab"[..]));
         assert_eq!((got[1].l1_offset.get(), got[1].l1_size, got[1].disk_size), (0x300, 7, Some(4096)));
-        assert_eq!(got[0].encode().unwrap(), entry());
+        // Both copies of the VM state's size are written, where this entry has only one.
+        let same = got[0].encode().unwrap();
+        assert_eq!(same.len(), entry().len());
+        assert_eq!(parse_snapshots(&same, 1, HostOffset(0), &Limits::default()).unwrap().0[0], got[0]);
         let renamed = Snapshot { name: b"other".to_vec(), extra: Vec::new(), ..got[0].clone() };
         let bytes = renamed.encode().unwrap();
         let (again, _) = parse_snapshots(&bytes, 1, HostOffset(0), &Limits::default()).unwrap();
