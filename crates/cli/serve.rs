@@ -50,7 +50,7 @@ pub(crate) struct ServeArgs {
     port: Option<u16>,
 
     /// The address that the port is bound to
-    #[arg(short = 'b', long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), requires = "port")]
+    #[arg(short = 'b', long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), conflicts_with = "unix")]
     bind: IpAddr,
 
     /// Serve an internal snapshot: its id or name, or snapshot.id=ID,snapshot.name=NAME
