@@ -28,6 +28,7 @@ mod error;
 mod keeper;
 mod kept;
 mod keys;
+pub mod kvm;
 mod messages;
 mod options;
 mod place;
