@@ -25,8 +25,8 @@ Examples:
   nbdcopy 'nbd+unix:///?socket=old.sock' old.raw";
 
 const NOTES: &str = "\
-The disk is read-only for clients. It is served until a signal (Ctrl-C) comes; then the socket is removed. Exit codes:
-0 ended by SIGINT or SIGTERM, or after the last client; 1 error; 2 wrong usage.";
+Clients can only read, unless --writable says otherwise (raw and qcow2). The disk is served until a signal (Ctrl-C)
+comes; then the socket is removed. Exit codes: 0 ended by a signal, or after the last client; 1 error; 2 wrong usage.";
 
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = NOTES)]
@@ -61,7 +61,7 @@ pub(crate) struct ServeArgs {
     #[arg(short = 'r', long)]
     read_only: bool,
 
-    /// Clients may write
+    /// Clients may write (raw and qcow2). No other process may have the image open
     #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
     writable: bool,
 
@@ -110,14 +110,10 @@ pub(crate) struct ServeArgs {
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
-    if args.writable {
-        return Err(Failure::failed(
-            "serve --writable is not supported: clients can only read (convert the image and work on the copy)",
-        ));
-    }
     let options = OpenOptions {
         snapshot: args.snapshot.as_deref().map(snapshot_ref),
         direct: args.direct,
+        writable: args.writable,
         ..args.open.options(args.format)
     };
     let image = Image::open(&args.file, &options)?;
@@ -151,9 +147,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let _watch = Watch::start_with(move || stopper.stop())?;
     let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     announce(args, &server, &image)?;
-    server
-        .run(&ImageExport::new(image))
-        .map_err(|error| Failure::failed(format!("cannot go on serving: {error}")))?;
+    let export = if args.writable { ImageExport::writable(image) } else { ImageExport::new(image) };
+    let served = server.run(&export);
+    // What clients wrote must be safe even if serving failed.
+    export.close()?;
+    served.map_err(|error| Failure::failed(format!("cannot go on serving: {error}")))?;
     Ok(Exit::Done)
 }
 
@@ -173,7 +171,7 @@ fn announce(args: &ServeArgs, server: &Server, image: &Image) -> io::Result<()> 
             "uri": uri,
             "format": image.info().format.to_string(),
             "virtual-size": image.size(),
-            "read-only": true,
+            "read-only": !args.writable,
             "pid": std::process::id(),
         });
         writeln!(out, "{}", qemu_style(&facts))?;

@@ -69,10 +69,15 @@ impl From<diskmill::Error> for Failure {
         let code = match error.kind() {
             diskmill::Kind::Invalid => ErrorCode::Invalid,
             diskmill::Kind::Unsupported => ErrorCode::NotSupported,
+            diskmill::Kind::Io if is_full(&error) => ErrorCode::NoSpace,
             _ => ErrorCode::Io,
         };
         Self::new(code, error.to_string())
     }
+}
+
+fn is_full(error: &diskmill::Error) -> bool {
+    error.os_error().is_some_and(|cause| cause.kind() == std::io::ErrorKind::StorageFull)
 }
 
 /// A run of the disk.

@@ -1,27 +1,48 @@
-use diskmill::{Image, Reader, Source};
+use diskmill::edit::ZeroHow;
+use diskmill::{Error, Image, Reader, Source};
 
 use crate::cache::UnitCache;
 use crate::export::{Export, Failure, Run, Session};
 
-/// An image of the library, with its backing chain, as a read-only disk.
+/// An image of the library, with its backing chain, as a disk.
 pub struct ImageExport {
     image: Image,
-    /// Where anything in the chain is packed.
+    writable: bool,
+    /// Where anything in the chain is packed and nothing changes.
     cache: Option<UnitCache>,
 }
 
 impl ImageExport {
-    /// Serves `image`.
+    /// Serves `image` for reading.
     #[must_use]
     pub fn new(image: Image) -> Self {
         let unit = image.chain().map(|(_, info)| info.packed_unit).max().unwrap_or(0);
-        Self { cache: UnitCache::new(unit, image.size()), image }
+        Self { cache: UnitCache::new(unit, image.size()), image, writable: false }
+    }
+
+    /// Serves `image`, which was opened with [`writable`](diskmill::OpenOptions::writable), for reading and writing.
+    /// Clients' flushes are [`Image::flush`]; what they did not flush is durable after [`close`](Self::close).
+    #[must_use]
+    pub fn writable(image: Image) -> Self {
+        Self { image, writable: true, cache: None }
+    }
+
+    /// Closes the image.
+    ///
+    /// # Errors
+    /// As [`Image::close`].
+    pub fn close(self) -> Result<(), Error> {
+        self.image.close()
     }
 }
 
 impl Export for ImageExport {
     fn size(&self) -> u64 {
         self.image.size()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable
     }
 
     fn description(&self) -> String {
@@ -66,5 +87,22 @@ impl Session for ImageSession<'_> {
             rest = behind;
         }
         Ok(())
+    }
+
+    fn write_at(&mut self, buf: &[u8], at: u64) -> Result<(), Failure> {
+        Ok(self.export.image.write_at(buf, at)?)
+    }
+
+    fn write_zeroes(&mut self, at: u64, len: u64, keep_allocated: bool) -> Result<(), Failure> {
+        let how = if keep_allocated { ZeroHow::KeepAllocated } else { ZeroHow::MayUnmap };
+        Ok(self.export.image.write_zeroes(at, len, how)?)
+    }
+
+    fn discard(&mut self, at: u64, len: u64) -> Result<(), Failure> {
+        Ok(self.export.image.discard(at, len)?)
+    }
+
+    fn flush(&mut self) -> Result<(), Failure> {
+        Ok(self.export.image.flush()?)
     }
 }

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! * [`Server`] listens and gives each client its threads; [`serve`] does so in the background of the caller.
-//! * [`Export`] is what it serves: [`ImageExport`] for an image of the library, read-only.
+//! * [`Export`] is what it serves: [`ImageExport`] for an image of the library.
 //! * The protocol is that of <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md> (called *the
 //!   specification* below): fixed newstyle negotiation, structured replies, `base:allocation`, multi-conn. Without TLS,
 //!   so TCP is for loopback and trusted networks.

@@ -225,7 +225,7 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
     }
 
     fn fail(&self, request: &Request, failure: &Failure, worker: &mut Worker<'_>) -> io::Result<()> {
-        if failure.code == ErrorCode::Io {
+        if matches!(failure.code, ErrorCode::Io | ErrorCode::NotSupported) {
             (self.log)(&failure.message);
         }
         let head = worker.head();

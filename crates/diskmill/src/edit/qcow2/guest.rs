@@ -87,11 +87,7 @@ impl Qcow2Writer {
                 .filter_map(|target| Some((target.guest, target.link.as_ref()?)))
                 .try_for_each(|(guest, link)| {
                     meta.set_entry(guest, link.new)?;
-                    if link.old.cluster_host() == link.new.cluster_host() {
-                        Ok(())
-                    } else {
-                        meta.release(link.old)
-                    }
+                    if link.old.stays_in(link.new) { Ok(()) } else { meta.release(link.old) }
                 }),
             Err(error) => {
                 meta.give_back(&targets);
@@ -233,7 +229,7 @@ impl Qcow2Writer {
                         Change::Entry(new) => {
                             let old = meta.entry(guest)?;
                             meta.set_entry(guest, new)?;
-                            if old.cluster_host() != new.cluster_host() {
+                            if !old.stays_in(new) {
                                 meta.release(old)?;
                             }
                         }
@@ -271,6 +267,12 @@ impl Entry {
             | Cluster::Subclusters { host: Some(host), .. } => Some(host),
             _ => None,
         }
+    }
+
+    /// Whether `new`, which takes the place of this entry, refers to the same host cluster. Never true of compressed
+    /// payloads: no entry takes one over.
+    fn stays_in(&self, new: Self) -> bool {
+        self.cluster_host().is_some_and(|host| new.cluster_host() == Some(host))
     }
 
     /// The subclusters that are in the host cluster, and those that read as zeros.
