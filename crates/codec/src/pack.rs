@@ -18,8 +18,8 @@ pub fn level_range(codec: Codec) -> RangeInclusive<i32> {
     }
 }
 
-/// The level that is used where the user names none: the fastest whose output is not larger than QEMU's, on file
-/// systems full of real files (`docs/performance.md`).
+/// The level that is used where the user names none: the fastest whose output is not noticeably larger than QEMU's, on
+/// file systems full of real files (at most 0.1 %, `docs/performance.md`).
 ///
 /// QEMU packs qcow2's deflate with zlib's level 6 in a 4 KiB window, VMDK's grains with the same level in the full
 /// window, and zstd with that library's own default, 3.

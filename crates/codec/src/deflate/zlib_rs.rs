@@ -10,7 +10,7 @@ pub(crate) const ENGINE: &str = "zlib-rs 0.6";
 pub(crate) const LEVELS: RangeInclusive<i32> = 1..=9;
 /// The fastest level whose output is not larger than that of zlib's level 6 with a window of 4 KiB.
 pub(crate) const LEVEL: i32 = 3;
-/// With the full window of 32 KiB no level below the last comes near zlib's level 6.
+/// The last one: with the full window of 32 KiB, zlib-rs's level 6 is larger than zlib's.
 pub(crate) const LEVEL_WRAPPED: i32 = 9;
 
 /// A compressor's context.
