@@ -1,4 +1,5 @@
 //! What a codec does with one unit of 64 KiB: `cargo bench -p diskmill-codec -- --sample-count 20` is the quick form.
+#![allow(clippy::unwrap_used, reason = "benches")]
 
 use diskmill_codec::{Codec, Packer, Unpacker, default_level, fingerprint, is_zero, rewrap, runs};
 use divan::counter::BytesCount;

@@ -1,5 +1,6 @@
 //! Map look-ups, and conversions of small images whose bytes are in the page cache:
 //! `cargo bench -p diskmill -- --sample-count 10` is the quick form.
+#![allow(clippy::unwrap_used, reason = "benches")]
 
 use std::path::Path;
 
