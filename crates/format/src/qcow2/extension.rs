@@ -9,6 +9,7 @@ const BITMAPS: u32 = 0x2385_2875;
 const LUKS_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 const FEATURE_NAME_ENTRY: usize = 48;
+const BITMAPS_LEN: usize = 24;
 
 /// The feature set that a bit belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +90,7 @@ impl Extensions {
                     data.chunks_exact(FEATURE_NAME_ENTRY).filter_map(parse_feature_name).collect();
             }
             BITMAPS => {
-                if data.len() != 24 {
+                if data.len() != BITMAPS_LEN {
                     return Err(wrong("bitmaps extension"));
                 }
                 let (size, at) = (BigEndian::read_u64(&data[8..]), BigEndian::read_u64(&data[16..]));
@@ -134,10 +135,76 @@ impl Extensions {
             let table: Vec<u8> = self.feature_names.iter().flat_map(encode_feature_name).collect();
             put(FEATURE_NAMES, &table);
         }
+        if let Some(directory) = self.bitmaps {
+            put(BITMAPS, &encode_bitmaps(directory));
+        }
         for (kind, data) in &self.unknown {
             put(*kind, data);
         }
         put(END, &[]);
+        out
+    }
+}
+
+/// The data of the bitmaps extension: number of bitmaps, and offset and bytes of their directory.
+fn encode_bitmaps((count, at, len): (u32, u64, u64)) -> [u8; BITMAPS_LEN] {
+    let mut out = [0; BITMAPS_LEN];
+    BigEndian::write_u32(&mut out, count);
+    BigEndian::write_u64(&mut out[8..], len);
+    BigEndian::write_u64(&mut out[16..], at);
+    out
+}
+
+/// Where the bitmaps extension stands in the first cluster, or may be added, for changes in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BitmapsPlace {
+    /// File offset of the extension; of the end marker if there is none.
+    pub offset: u64,
+    /// There is one.
+    pub exists: bool,
+    /// Nothing but the end marker follows it.
+    pub last: bool,
+}
+
+impl BitmapsPlace {
+    /// Bytes of the extension's head, type and length.
+    pub const HEAD: u64 = 8;
+    /// Bytes of the extension with its head.
+    pub const LEN: u64 = Self::HEAD + BITMAPS_LEN as u64;
+
+    /// Looks for the extension in `cluster`, the first cluster, whose extensions stand in `range`. `None` if there is no
+    /// end marker.
+    #[must_use]
+    pub fn find(cluster: &[u8], range: std::ops::Range<u64>) -> Option<Self> {
+        let area = cluster.get(..usize::try_from(range.end).ok()?)?;
+        let mut at = usize::try_from(range.start).ok()?;
+        let mut found = None;
+        loop {
+            let head = area.get(at..)?.first_chunk::<8>()?;
+            let (kind, len) = (BigEndian::read_u32(head), BigEndian::read_u32(&head[4..]) as usize);
+            match kind {
+                END => {
+                    let here = Self { offset: at as u64, exists: false, last: true };
+                    return Some(found.map_or(here, |place: Self| Self {
+                        last: place.offset + Self::LEN == at as u64,
+                        ..place
+                    }));
+                }
+                BITMAPS => found = Some(Self { offset: at as u64, exists: true, last: false }),
+                _ => {}
+            }
+            at = at.checked_add(8)?.checked_add(len.checked_next_multiple_of(8)?)?;
+        }
+    }
+
+    /// The extension's head and data, as [`Extensions::bitmaps`] has them, and an end marker.
+    #[must_use]
+    pub fn encode(directory: (u32, u64, u64)) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::LEN as usize + 8);
+        out.extend(BITMAPS.to_be_bytes());
+        out.extend((BITMAPS_LEN as u32).to_be_bytes());
+        out.extend(encode_bitmaps(directory));
+        out.extend([0; 8]);
         out
     }
 }
@@ -165,4 +232,37 @@ fn encode_feature_name(row: &FeatureName) -> [u8; FEATURE_NAME_ENTRY] {
         *to = from;
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bitmaps_extension_is_found_and_kept() {
+        let with = |bitmaps, unknown: &[u32]| {
+            let unknown = unknown.iter().map(|&kind| (kind, vec![1, 2, 3])).collect();
+            let all = Extensions {
+                bitmaps,
+                unknown,
+                backing_format: Some(b"raw".to_vec()),
+                ..Extensions::default()
+            };
+            let bytes = [vec![0xff; 104], all.encode()].concat();
+            let parsed = Extensions::parse(&bytes[104..], 104).unwrap();
+            assert_eq!(parsed, all);
+            bytes
+        };
+        let find = |bytes: &[u8]| BitmapsPlace::find(bytes, 104..bytes.len() as u64);
+        let place = |offset, exists, last| Some(BitmapsPlace { offset, exists, last });
+        let directory = (3, 0x5_0000, 77);
+        assert_eq!(find(&with(None, &[])), place(120, false, true));
+        assert_eq!(find(&with(None, &[9])), place(136, false, true));
+        assert_eq!(find(&with(Some(directory), &[])), place(120, true, true));
+        assert_eq!(find(&with(Some(directory), &[9])), place(120, true, false));
+        let bytes = with(Some(directory), &[]);
+        assert_eq!(bytes[120..], BitmapsPlace::encode(directory));
+        assert_eq!(find(&bytes[..bytes.len() - 8]), None, "no end marker");
+        assert_eq!(find(&[]), None);
+    }
 }

@@ -8,11 +8,13 @@ mod header;
 mod refcount;
 mod snapshot;
 
-pub use bitmap::{Bitmap, parse_bitmaps};
+pub use bitmap::{
+    BITMAP_FLAGS_AT, BITMAP_GRANULARITY_BITS, Bitmap, BitmapCluster, MAX_BITMAP_NAME, parse_bitmaps,
+};
 pub use entry::{
     COMPRESSED, COPIED, Cluster, CompressedRef, L1_RESERVED, L1Entry, L2_RESERVED, L2Codec, ZERO,
 };
-pub use extension::{Extensions, FeatureKind, FeatureName};
+pub use extension::{BitmapsPlace, Extensions, FeatureKind, FeatureName};
 pub use header::{CompressionType, CryptMethod, Header, HeaderArea};
 pub use refcount::RefcountWidth;
 pub use snapshot::{Snapshot, parse_snapshots};
