@@ -55,7 +55,7 @@ fn an_image_is_not_its_own_backing_file() {
 }
 
 #[test]
-fn an_empty_image_is_filled_and_a_used_one_is_not() {
+fn an_empty_image_is_filled() {
     let dir = scratch();
     let Some(qemu) = Oracle::find(dir.path()) else { return };
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
@@ -71,19 +71,47 @@ fn an_empty_image_is_filled_and_a_used_one_is_not() {
     );
     assert!(qemu.content("t.qcow2", "qcow2")[..bytes.len()] == bytes);
 
-    diskmill()
-        .cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("t.qcow2")])
-        .fails(1)
-        .says(&["-n", "data"]);
     qemu.create("small.qcow2", "", MIB as u64);
     diskmill().cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("small.qcow2")]).fails(1);
+}
 
-    // Behind the source's end a backing file would show, but the last cluster is written whole.
-    qemu.create_over("over.qcow2", "", 4 * MIB as u64, ("t.qcow2", "qcow2"));
-    diskmill()
-        .cmd(["convert", "-n", "-O", "qcow2", &path("a.raw"), &path("over.qcow2")])
-        .fails(1)
-        .says(&["backing file", "inside a cluster"]);
+#[test]
+fn an_image_that_holds_something_is_written_into() {
+    let dir = scratch();
+    let Some(qemu) = Oracle::find(dir.path()) else { return };
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let mut new = fill(Pattern::Random, 7, 3 * MIB + 512);
+    new[MIB..2 * MIB].fill(0);
+    std::fs::write(path("new.raw"), &new).unwrap();
+    let old = fill(Pattern::Text, 3, 4 * MIB);
+    std::fs::write(path("old.raw"), &old).unwrap();
+    let expected = [&new[..], &old[new.len()..]].concat();
+    let convert = |more: &[&str], target: &str| {
+        let cmd = diskmill().cmd(["convert", "-n", "-O", "qcow2"]).args(more);
+        cmd.args([&path("new.raw"), &path(target)])
+    };
+    for (name, options) in
+        [("a.qcow2", "cluster_size=4k"), ("b.qcow2", "extended_l2=on"), ("c.qcow2", "compat=0.10")]
+    {
+        qemu.img(["convert", "-c", "-O", "qcow2", "-o", options, "old.raw", name]).ok();
+        qemu.img(["snapshot", "-c", "before", name]).ok();
+        convert(&[], name).ok();
+        qemu.check_clean(name);
+        assert!(qemu.content(name, "qcow2") == expected, "{name}");
+        qemu.img(["snapshot", "-a", "before", name]).ok();
+        assert!(qemu.content(name, "qcow2") == old, "{name}: the snapshot");
+    }
+    // Over a backing file: zeros hide it, and behind the source's end, inside a cluster, it shows.
+    qemu.create_over("over.qcow2", "", 4 * MIB as u64, ("a.qcow2", "qcow2"));
+    convert(&[], "over.qcow2").ok();
+    qemu.check_clean("over.qcow2");
+    assert!(qemu.content("over.qcow2", "qcow2") == expected);
+
+    convert(&["-c"], "a.qcow2").fails(1).says(&["-c", "not supported"]);
+    assert!(qemu.content("a.qcow2", "qcow2") == old, "a refusal changes nothing");
+    qemu.create("small.qcow2", "", MIB as u64);
+    qemu.io(["-f", "qcow2", "-c", "write 0 4k", "small.qcow2"]).ok();
+    convert(&[], "small.qcow2").fails(1).says(&["small.qcow2", "1048576"]);
 }
 
 #[test]

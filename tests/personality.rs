@@ -355,6 +355,7 @@ fn conversions_leave_the_same_disk() {
         ("convert -l first base.qcow2 b.raw", "b.raw", "raw"),
         ("convert -l snapshot.name=first -O qcow2 base.qcow2 b.qcow2", "b.qcow2", "qcow2"),
         ("convert -n a.raw b.raw", "b.raw", "raw"),
+        ("convert -n -O qcow2 a.raw top.qcow2", "top.qcow2", "qcow2"),
         ("convert -n --target-image-opts a.raw driver=raw,file.filename=b.raw", "b.raw", "raw"),
         ("convert -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 c.qcow2", "c.qcow2", "qcow2"),
         ("convert a.raw a.raw -O qcow2 b.qcow2", "b.qcow2", "qcow2"),

@@ -142,7 +142,7 @@ pub(crate) struct ConvertArgs {
     #[arg(short = 'T', long, value_name = "CACHE")]
     pub(crate) source_cache: Option<CacheMode>,
 
-    /// Fill the existing TARGET in place instead of making a new one: raw, a device, or an empty qcow2
+    /// Write into the existing TARGET instead of making a new one
     #[arg(short = 'n', long)]
     pub(crate) no_create: bool,
 

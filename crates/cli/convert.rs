@@ -123,7 +123,7 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
                 "encryption needs --target-key-file, or --object and encrypt.key-secret",
             ));
         }
-    } else if args.target_key_file.is_some() {
+    } else if args.target_key_file.is_some() && !args.no_create {
         return Err(Failure::usage("--target-key-file needs -o encrypt.format=luks"));
     }
     Ok(ConvertOptions {
@@ -132,6 +132,7 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         sparse_size: args.sparse_size.unwrap_or(ConvertOptions::default().sparse_size),
         create: !args.no_create,
         target_is_zero: args.target_is_zero,
+        existing: existing(args),
         threads: args.threads,
         memory: args.memory,
         engine: args.io.into(),
@@ -153,6 +154,13 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
 
 fn no_secret(id: &str) -> Failure {
     Failure::usage(format!("there is no --object secret with id={id}"))
+}
+
+/// How a target that is there and holds something is opened.
+fn existing(args: &ConvertArgs) -> OpenOptions {
+    let mut open = args.open.options(None);
+    open.keys.extend(args.target_key_file.clone());
+    open
 }
 
 fn open_options(args: &ConvertArgs) -> OpenOptions {

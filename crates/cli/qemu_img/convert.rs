@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskmill::convert::{BadRange, Compression, ConvertOptions, Input, Monitor, Output};
-use diskmill::{Kind, OpenOptions};
+use diskmill::{Allow, Kind, OpenOptions, OpenPolicy};
 
 use super::drivers::Driver;
 use super::getopt::Args;
@@ -72,6 +72,10 @@ impl Request {
             compress: args.has("compress").then_some(Compression::default()),
             create: !args.has("no-create"),
             target_is_zero: args.has("target-is-zero"),
+            existing: OpenOptions {
+                policy: OpenPolicy { allow: Allow::Backing, paths: Vec::new() },
+                ..OpenOptions::default()
+            },
             direct: target_cache.is_some_and(CacheMode::is_direct),
             sync: target_cache.is_some_and(CacheMode::is_durable),
             salvage: args.has("salvage"),
@@ -124,6 +128,7 @@ impl Request {
                     options.format =
                         target_format(driver, &Dict::default(), &Secrets::default()).map_err(Fail::new)?;
                 }
+                options.existing = node.options();
                 node.path
             }
             None => local_path(target)

@@ -1,26 +1,53 @@
 use std::path::Path;
 
-use diskmill_format::qcow2::feature;
+use diskmill_format::qcow2::{CryptMethod, feature};
 use diskmill_io::Allocation;
 
+use super::{ConvertOptions, TargetFormat};
 use crate::error::{Error, Result};
 use crate::image::{Image, OpenOptions};
 use crate::layout::{FormatInfo, Source};
 use crate::probe::Format;
 use crate::qcow2::{Compat, Preallocation, Qcow2Info, Qcow2Options, lossy};
 
-/// Takes over the options of an existing qcow2 image that is to be filled (`-n`), and tells its virtual size.
-///
-/// Only an image that holds nothing yet, as `qemu-img create` makes it, can be filled: it is replaced by one of the
-/// same kind when that is whole.
+/// What there is under the name of an output that is not to be made (`-n`).
+pub(super) enum Existing {
+    /// A qcow2 image that holds nothing yet, as `qemu-img create` makes it, of this virtual size: it is replaced by
+    /// one of the same kind when that is whole.
+    Empty(u64),
+    /// An image with something in it, open for writing.
+    Holding(Box<Image>),
+}
+
+/// Opens the image at `path`. The options of an empty one are taken over.
 ///
 /// # Errors
-/// [`Kind::Unsupported`](crate::Kind::Unsupported) if the image holds data, snapshots or bitmaps.
-pub(super) fn adopt_qcow2(path: &Path, options: &mut Qcow2Options) -> Result<u64> {
-    let holds = |what: &str| {
-        Error::unsupported(format!("filling (-n) an existing qcow2 image that holds {what}"))
-            .hint("leave -n out to replace it, or make a new one")
+/// As [`Image::open`].
+pub(super) fn open(path: &Path, options: &mut ConvertOptions, size: Option<u64>) -> Result<Existing> {
+    let format = match &mut options.format {
+        TargetFormat::Qcow2(qcow2) => {
+            if let Some(least) = empty_qcow2(path, qcow2, size)? {
+                return Ok(Existing::Empty(least));
+            }
+            Format::Qcow2
+        }
+        TargetFormat::Vmdk(_) => Format::Vmdk,
+        format => {
+            return Err(Error::unsupported(format!("writing {} into an existing file (-n)", format.name())));
+        }
     };
+    if options.compress.is_some() {
+        return Err(Error::unsupported("packing (-c) into an existing image that holds something")
+            .hint("leave -c out, or leave -n out to replace the image"));
+    }
+    let open =
+        OpenOptions { format: Some(format), writable: true, snapshot: None, ..options.existing.clone() };
+    Image::open(path, &open).map(|image| Existing::Holding(Box::new(image)))
+}
+
+/// The virtual size of a qcow2 image that holds nothing and can be made again; its options go to `options`. `None`
+/// for others.
+fn empty_qcow2(path: &Path, options: &mut Qcow2Options, size: Option<u64>) -> Result<Option<u64>> {
     let open = OpenOptions {
         format: Some(Format::Qcow2),
         metadata_only: true,
@@ -28,25 +55,25 @@ pub(super) fn adopt_qcow2(path: &Path, options: &mut Qcow2Options) -> Result<u64
         ..OpenOptions::default()
     };
     let image = Image::open(path, &open)?;
-    let FormatInfo::Qcow2(info) = &image.info().specific else { return Err(holds("something else")) };
-    if !info.snapshots.is_empty() {
-        return Err(holds("snapshots"));
+    let FormatInfo::Qcow2(info) = &image.info().specific else { return Ok(None) };
+    let header = &info.area.header;
+    let backing = info.area.backing_name.as_ref();
+    // The last cluster is written whole, and would hide what the backing file has behind the source's end.
+    let inside = |size: u64| size < image.size() && !size.is_multiple_of(header.geometry.cluster_size());
+    let holds = !info.snapshots.is_empty()
+        || info.area.extensions.bitmaps.is_some_and(|(count, ..)| count > 0)
+        || info.data_file.is_some()
+        || header.crypt != CryptMethod::None
+        || backing.is_some_and(|name| std::str::from_utf8(name).is_err() || size.is_none_or(inside));
+    if holds {
+        return Ok(None);
     }
-    if info.area.extensions.bitmaps.is_some_and(|(count, ..)| count > 0) {
-        return Err(holds("bitmaps"));
-    }
-    if info.data_file.is_some() {
-        return Err(holds("an external data file"));
-    }
-    crate::qcow2::refuse_encryption(&info.area.header)?;
-    if info.area.backing_name.as_ref().is_some_and(|name| std::str::from_utf8(name).is_err()) {
-        return Err(holds("the name of a backing file that is not UTF-8"));
-    }
+    let Some(allocated) = allocates(&image)? else { return Ok(None) };
     *options = options_of(info);
-    if allocates(&image)?.ok_or_else(|| holds("data"))? {
+    if allocated {
         options.preallocation = Preallocation::Metadata;
     }
-    Ok(image.size())
+    Ok(Some(image.size()))
 }
 
 /// Whether clusters are allocated, all of them holes; `None` if there is data.

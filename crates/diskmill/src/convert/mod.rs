@@ -8,6 +8,7 @@
 mod assembler;
 mod buffers;
 mod existing;
+mod fill;
 mod monitor;
 mod offload;
 mod options;
@@ -18,7 +19,7 @@ mod raw;
 mod target;
 mod worker;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use diskmill_codec::Codec;
@@ -33,6 +34,7 @@ use crate::image::Image;
 use crate::layout::Source;
 use crate::vmdk::VmdkStream;
 use buffers::Buffers;
+use existing::Existing;
 use placer::Placer;
 use planner::Planner;
 use target::Target;
@@ -150,7 +152,20 @@ pub fn convert<'a>(
         Input::Images(images) => images,
         Input::Stream(_) | Input::VmdkStream(_) => &[],
     };
-    let target = Target::open(output, &mut options, sources, size)?;
+    let adopted = match &output {
+        Output::Path(path) if !options.create && options.format.has_tables() => {
+            let found = target::refuse_source(std::fs::metadata(path).ok().as_ref(), sources)
+                .and_then(|()| existing::open(path, &mut options, size));
+            match found.map_err(|error| error.of(path))? {
+                Existing::Empty(size) => Some(size),
+                Existing::Holding(image) => {
+                    return fill_holding(input, *image, path, &options, monitor, started);
+                }
+            }
+        }
+        _ => None,
+    };
+    let target = Target::open(output, &mut options, sources, size, adopted)?;
     let assembler = target.assembler(&options, size)?;
     if let Some(size) = size {
         assembler.check_size(size)?;
@@ -210,19 +225,61 @@ pub fn convert<'a>(
 
     Ok(Summary {
         virtual_size: size,
-        bytes_read: monitor.bytes_read(),
-        bytes_written: monitor.bytes_written(),
-        bytes_zero: monitor.bytes_zero(),
-        bytes_passed: monitor.bytes_passed(),
-        bytes_packed: monitor.bytes_packed(),
-        bytes_cloned: monitor.bytes_cloned(),
-        bytes_copied: monitor.bytes_copied(),
         engine: plan.kind,
         engine_reason: plan.reason,
         threads,
         seconds: started.elapsed().as_secs_f64(),
         bad_ranges: merged(bad),
+        ..Summary::of_bytes(monitor)
     })
+}
+
+/// Writes into an image that holds something (`-n`).
+fn fill_holding(
+    input: Input<'_>,
+    image: Image,
+    path: &Path,
+    options: &ConvertOptions,
+    monitor: &Monitor,
+    started: Instant,
+) -> Result<Summary> {
+    let Input::Images(sources) = input else {
+        return Err(
+            Error::unsupported("filling (-n) an existing image that holds something from a pipe").of(path)
+        );
+    };
+    let virtual_size = image.size();
+    let size = total_size(sources)?;
+    target::fits(virtual_size, Some(size)).map_err(|error| error.of(path))?;
+    monitor.start(size);
+    let threads = options.threads.unwrap_or_else(diskmill_io::cpus);
+    let bad = fill::fill(sources, image, options, threads, monitor)?;
+    monitor.finish();
+    Ok(Summary {
+        virtual_size,
+        engine: "sync",
+        engine_reason: "an existing image is written cluster by cluster".to_owned(),
+        threads,
+        seconds: started.elapsed().as_secs_f64(),
+        bad_ranges: merged(bad),
+        ..Summary::of_bytes(monitor)
+    })
+}
+
+impl Summary {
+    /// What was counted.
+    fn of_bytes(monitor: &Monitor) -> Self {
+        Self {
+            bytes_read: monitor.bytes_read(),
+            bytes_written: monitor.bytes_written(),
+            bytes_zero: monitor.bytes_zero(),
+            bytes_passed: monitor.bytes_passed(),
+            bytes_packed: monitor.bytes_packed(),
+            bytes_cloned: monitor.bytes_cloned(),
+            bytes_copied: monitor.bytes_copied(),
+            ..Self::default()
+        }
+    }
 }
 
 impl BadRange {

@@ -3,6 +3,7 @@ use diskmill_io::EngineChoice;
 
 use super::{Assembler, Output};
 use crate::error::{Error, Result};
+use crate::image::OpenOptions;
 use crate::qcow2::{Preallocation, Qcow2Options};
 use crate::vmdk::{Subformat, VmdkOptions};
 
@@ -95,6 +96,11 @@ impl TargetFormat {
         }
     }
 
+    /// Whether an image of this format is more than its guest's bytes.
+    pub(super) const fn has_tables(&self) -> bool {
+        !matches!(self, Self::Raw(_))
+    }
+
     pub(super) fn is_stream_target(&self) -> bool {
         match self {
             Self::Raw(_) => true,
@@ -150,6 +156,8 @@ pub struct ConvertOptions {
     pub create: bool,
     /// The existing output reads as zeros everywhere.
     pub target_is_zero: bool,
+    /// How an existing output that holds something is opened: which files it may name, and its passphrases.
+    pub existing: OpenOptions,
     /// Worker threads; `None`: one for each CPU that this process may use.
     pub threads: Option<usize>,
     /// Upper bound for the buffers of the conversion, in bytes.
@@ -186,6 +194,7 @@ impl Default for ConvertOptions {
             sparse_size: 4096,
             create: true,
             target_is_zero: false,
+            existing: OpenOptions::default(),
             threads: None,
             memory: 256 << 20,
             engine: EngineChoice::Auto,

@@ -12,7 +12,6 @@ use diskmill_io::{
 use diskmill_crypt::SectorCipher;
 
 use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
-use super::existing::adopt_qcow2;
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
@@ -62,12 +61,14 @@ struct Stream {
 }
 
 impl Target {
-    /// Opens or makes the output for a disk of `size` bytes (`None`: not known yet).
+    /// Opens or makes the output for a disk of `size` bytes (`None`: not known yet). `adopted` is the virtual size of an
+    /// empty image that is to be filled.
     pub(super) fn open(
         output: Output,
         options: &mut ConvertOptions,
         sources: &[Image],
         size: Option<u64>,
+        adopted: Option<u64>,
     ) -> Result<Self> {
         let path = match output {
             Output::Path(path) => path,
@@ -86,7 +87,7 @@ impl Target {
             }
         };
         let mut open = || {
-            let mut target = Self::open_path(path.clone(), options, sources, size)?;
+            let mut target = Self::open_path(path.clone(), options, sources, size, adopted)?;
             if let TargetFormat::Qcow2(Qcow2Options { encryption: Some(luks), .. }) = &options.format {
                 target.encryption = Some(luks.create()?);
             }
@@ -100,22 +101,15 @@ impl Target {
         options: &mut ConvertOptions,
         sources: &[Image],
         size: Option<u64>,
+        adopted: Option<u64>,
     ) -> Result<Self> {
         let meta = std::fs::metadata(&path).ok();
         refuse_source(meta.as_ref(), sources)?;
         let device = meta.as_ref().is_some_and(|meta| meta.file_type().is_block_device());
-        let mut least_size = 0;
+        let least_size = adopted.unwrap_or(0);
         match &mut options.format {
-            TargetFormat::Qcow2(qcow2) if !options.create => {
-                least_size = adopt_qcow2(&path, qcow2)?;
+            TargetFormat::Qcow2(qcow2) if adopted.is_some() => {
                 fits(least_size, size)?;
-                // The last cluster is written whole, and would hide what the backing file has behind the source's end.
-                let inside = |size: u64| size < least_size && !size.is_multiple_of(qcow2.cluster_size());
-                if qcow2.backing_file.is_some() && size.is_none_or(inside) {
-                    return Err(Error::unsupported(
-                        "filling (-n) an image that has a backing file from a source that ends inside a cluster",
-                    ));
-                }
                 qcow2.check(options.compress.is_some())?;
             }
             TargetFormat::Qcow2(qcow2) if device && qcow2.data_file.is_some() => {
@@ -124,12 +118,8 @@ impl Target {
             TargetFormat::Qcow2(_) if options.trust_backing => {}
             TargetFormat::Qcow2(qcow2) => check_backing(qcow2, &path, sources)?,
             TargetFormat::Raw(_) => {}
-            TargetFormat::Vmdk(_) | TargetFormat::Ova(_) if device || !options.create => {
-                let (name, what) = (
-                    options.format.name(),
-                    if device { "to a device" } else { "into an existing file (-n)" },
-                );
-                return Err(Error::unsupported(format!("writing {name} {what}")));
+            TargetFormat::Vmdk(_) | TargetFormat::Ova(_) if device => {
+                return Err(Error::unsupported(format!("writing {} to a device", options.format.name())));
             }
             TargetFormat::Vmdk(vmdk) | TargetFormat::Ova(vmdk) => check_parent(vmdk, &path, sources)?,
         }
@@ -445,7 +435,7 @@ impl Stream {
 }
 
 /// A target of `len` bytes takes a source of `size`, as far as that is known.
-fn fits(len: u64, size: Option<u64>) -> Result<()> {
+pub(super) fn fits(len: u64, size: Option<u64>) -> Result<()> {
     match size {
         Some(size) if size > len => {
             Err(Error::invalid(format!("the target has {len} bytes, and the source needs {size}")))
@@ -474,7 +464,7 @@ fn same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
 }
 
 /// An output that is one of the source's files would destroy what is being read.
-fn refuse_source(target: Option<&std::fs::Metadata>, sources: &[Image]) -> Result<()> {
+pub(super) fn refuse_source(target: Option<&std::fs::Metadata>, sources: &[Image]) -> Result<()> {
     let Some(target) = target else { return Ok(()) };
     let mut files = sources.iter().flat_map(Image::files);
     if files.any(|file| std::fs::metadata(&file.path).is_ok_and(|meta| same(&meta, target))) {

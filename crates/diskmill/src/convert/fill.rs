@@ -1,0 +1,200 @@
+//! Filling an image that holds data already (`-n`), by guest writes into it.
+
+use std::sync::{Mutex, PoisonError};
+
+use diskmill_codec::runs;
+
+use super::{BadRange, ConvertOptions, Monitor};
+use crate::edit::ZeroHow;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::layout::{MapError, Source};
+
+/// Guest bytes that are read and written at once.
+const STEP: u64 = 2 << 20;
+/// Zeros that are written at once: between two of them the conversion can be cancelled.
+const ZERO_STEP: u64 = 1 << 30;
+/// What is given up for one unreadable spot, in bytes.
+const SALVAGE_STEP: usize = 4096;
+
+/// Writes the bytes of `sources`, one behind the other, into `target`. What lies behind them stays as it is. Returns what
+/// could not be read. Where fresh clusters come to lie depends on which thread is first.
+///
+/// # Errors
+/// Any [`Kind`](crate::Kind); then a part of the target has been overwritten.
+pub(super) fn fill(
+    sources: &[Image],
+    target: Image,
+    options: &ConvertOptions,
+    threads: usize,
+    monitor: &Monitor,
+) -> Result<Vec<BadRange>> {
+    let (bad, failed) = pour(sources, &target, options, threads, monitor);
+    // After a failure, too, the image is closed in good order.
+    let closed = target.close();
+    match failed {
+        Some(error) => Err(error),
+        None => closed.map(|()| bad),
+    }
+}
+
+fn pour(
+    sources: &[Image],
+    target: &Image,
+    options: &ConvertOptions,
+    threads: usize,
+    monitor: &Monitor,
+) -> (Vec<BadRange>, Option<Error>) {
+    let walk = Walk { sources, index: 0, at: 0, base: 0, bad: Vec::new(), failed: None };
+    let shared = Shared { walk: Mutex::new(walk), target, options, monitor };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // With fewer threads than planned the work gets done all the same.
+            if std::thread::Builder::new().spawn_scoped(scope, || shared.work()).is_err() {
+                break;
+            }
+        }
+        shared.work();
+    });
+    let walk = shared.walk.into_inner().unwrap_or_else(PoisonError::into_inner);
+    (walk.bad, walk.failed)
+}
+
+struct Shared<'a> {
+    walk: Mutex<Walk<'a>>,
+    target: &'a Image,
+    options: &'a ConvertOptions,
+    monitor: &'a Monitor,
+}
+
+/// How far the sources are handed out.
+struct Walk<'a> {
+    sources: &'a [Image],
+    /// The current source, the offset in it, and the offset in the target at which it starts.
+    index: usize,
+    at: u64,
+    base: u64,
+    bad: Vec<BadRange>,
+    /// The first failure ends it all.
+    failed: Option<Error>,
+}
+
+struct Step<'a> {
+    source: &'a Image,
+    /// First byte in the source.
+    at: u64,
+    len: u64,
+    /// First byte in the target.
+    to: u64,
+    zero: bool,
+}
+
+impl<'a> Walk<'a> {
+    fn next(&mut self, options: &ConvertOptions) -> Result<Option<Step<'a>>> {
+        let source = loop {
+            let Some(source) = self.sources.get(self.index) else { return Ok(None) };
+            if self.at < source.size() {
+                break source;
+            }
+            self.index += 1;
+            self.base = self.base.saturating_add(source.size());
+            self.at = 0;
+        };
+        let (at, to) = (self.at, self.base.saturating_add(self.at));
+        let (end, zero) = match source.map(at, source.size() - at) {
+            Ok(extent) => (extent.guest.end, extent.source == Source::Zero && options.granule() != 0),
+            Err(MapError { error, len }) if options.salvage => {
+                let len = len.min(source.size() - at);
+                BadRange { start: to, len, reason: error.to_string() }.add_to(&mut self.bad);
+                (at + len, true)
+            }
+            Err(MapError { error, .. }) => return Err(error),
+        };
+        // Steps end where those of the target would, so that few of its clusters are written in two parts.
+        let most = if zero { ZERO_STEP } else { STEP - to % STEP };
+        let len = (end - at).min(most);
+        self.at += len;
+        Ok(Some(Step { source, at, len, to, zero }))
+    }
+}
+
+impl Shared<'_> {
+    fn work(&self) {
+        let mut buf = Vec::new();
+        loop {
+            let step = {
+                let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
+                if walk.failed.is_some() {
+                    return;
+                }
+                let next = if self.monitor.is_cancelled() {
+                    Err(Error::cancelled())
+                } else {
+                    walk.next(self.options)
+                };
+                match next {
+                    Ok(Some(step)) => step,
+                    Ok(None) => return,
+                    Err(error) => {
+                        walk.failed = Some(error);
+                        return;
+                    }
+                }
+            };
+            if let Err(error) = self.step(&step, &mut buf) {
+                let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
+                walk.failed.get_or_insert(error);
+                return;
+            }
+            self.monitor.add_done(step.len);
+        }
+    }
+
+    fn step(&self, step: &Step<'_>, buf: &mut Vec<u8>) -> Result<()> {
+        if step.zero {
+            return self.zero(step.to, step.len);
+        }
+        // At most `STEP`.
+        buf.resize(step.len as usize, 0);
+        self.read(step, buf)?;
+        for run in runs(buf, self.options.granule() as usize) {
+            let to = step.to + run.start as u64;
+            if run.zero {
+                self.zero(to, run.len as u64)?;
+                continue;
+            }
+            let bytes = buf.get(run.start..run.start + run.len).unwrap_or_default();
+            self.target.write_at(bytes, to)?;
+            self.monitor.add_written(run.len as u64);
+        }
+        Ok(())
+    }
+
+    fn zero(&self, to: u64, len: u64) -> Result<()> {
+        self.monitor.add_zero(len);
+        if self.options.target_is_zero {
+            return Ok(());
+        }
+        self.target.write_zeroes(to, len, ZeroHow::MayUnmap)
+    }
+
+    fn read(&self, step: &Step<'_>, buf: &mut [u8]) -> Result<()> {
+        self.monitor.add_read(step.len);
+        let mut reader = step.source.reader();
+        let read = reader.read_at(buf, step.at);
+        if read.is_ok() || !self.options.salvage {
+            return read;
+        }
+        // Once more in small parts, so that only what is really lost is given up.
+        for (index, part) in buf.chunks_mut(SALVAGE_STEP).enumerate() {
+            let skip = (index * SALVAGE_STEP) as u64;
+            if let Err(error) = reader.read_at(part, step.at + skip) {
+                part.fill(0);
+                let lost =
+                    BadRange { start: step.to + skip, len: part.len() as u64, reason: error.to_string() };
+                lost.add_to(&mut self.walk.lock().unwrap_or_else(PoisonError::into_inner).bad);
+            }
+        }
+        Ok(())
+    }
+}
