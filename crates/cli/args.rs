@@ -54,6 +54,8 @@ pub(crate) enum Command {
     /// Started by file-system commands: serves an image to an appliance that is kept
     #[command(hide = true)]
     GuestfsCompanion(CompanionArgs),
+    /// Tell how large a file a disk would need in a format
+    Measure(crate::measure::MeasureArgs),
     /// Serve an image over NBD
     Serve(crate::serve::ServeArgs),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines

@@ -11,6 +11,7 @@ mod info;
 mod install;
 mod json;
 mod map;
+mod measure;
 mod names;
 mod options;
 mod progress;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
+        Command::Measure(args) => measure::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
     };

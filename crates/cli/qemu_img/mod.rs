@@ -15,6 +15,7 @@ mod getopt;
 mod help;
 mod info;
 mod map;
+mod measure;
 mod messages;
 mod node;
 mod object;
@@ -74,7 +75,7 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 9] = [
+const COMMANDS: [(&str, Run); 10] = [
     ("amend", amend::run),
     ("bench", bench::run),
     ("check", check::run),
@@ -84,10 +85,11 @@ const COMMANDS: [(&str, Run); 9] = [
     ("dd", dd::run),
     ("info", info::run),
     ("map", map::run),
+    ("measure", measure::run),
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: [&str; 6] = ["bitmap", "commit", "measure", "rebase", "resize", "snapshot"];
+const MISSING: [&str; 5] = ["bitmap", "commit", "rebase", "resize", "snapshot"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {

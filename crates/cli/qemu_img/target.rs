@@ -58,18 +58,9 @@ fn check_qcow2(dict: &Dict) -> Result<(), String> {
     let on = |name: &str| dict.get(name) == Some("on");
     let old = matches!(dict.get("compat"), Some("0.10" | "v2"));
     let newer = "compatibility level 1.1 and above (use version=v3 or greater)";
-    let cluster_size = number("cluster_size", 64 << 10);
-    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
-        return Err("Cluster size must be a power of two between 512 and 2048k".to_owned());
-    }
-    if on("extended_l2") {
-        if cluster_size < 16 << 10 {
-            return Err("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
-                .to_owned());
-        }
-        if old {
-            return Err(format!("Extended L2 entries are only supported with {newer}"));
-        }
+    check_geometry(dict)?;
+    if on("extended_l2") && old {
+        return Err(format!("Extended L2 entries are only supported with {newer}"));
     }
     let bits = number("refcount_bits", 16);
     if !bits.is_power_of_two() || bits > 64 {
@@ -103,6 +94,20 @@ fn check_qcow2(dict: &Dict) -> Result<(), String> {
             .to_owned());
     }
     check_backing_format(dict)
+}
+
+/// The size of clusters, which depends on the kind of L2 entries.
+pub(super) fn check_geometry(dict: &Dict) -> Result<(), String> {
+    let cluster_size: u64 = dict.get("cluster_size").and_then(|text| text.parse().ok()).unwrap_or(64 << 10);
+    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
+        return Err("Cluster size must be a power of two between 512 and 2048k".to_owned());
+    }
+    if dict.get("extended_l2") == Some("on") && cluster_size < 16 << 10 {
+        return Err(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".to_owned()
+        );
+    }
+    Ok(())
 }
 
 /// A format of a backing file that is not there.

@@ -86,6 +86,19 @@ impl Default for NewHeader {
     }
 }
 
+impl NewHeader {
+    /// Bytes of key material of one slot, as far as the next slot's.
+    fn material(&self) -> u64 {
+        (u64::from(self.key_bytes) * u64::from(STRIPES)).next_multiple_of(MATERIAL_ALIGN)
+    }
+
+    /// Bytes of header and key material: the [`payload_offset`](Header::payload_offset) that the header will have.
+    #[must_use]
+    pub fn payload_offset(&self) -> u64 {
+        MATERIAL_ALIGN + KEY_SLOTS as u64 * self.material()
+    }
+}
+
 impl Header {
     /// Parses the fixed part of a header, the first [`HEADER_BYTES`] bytes.
     ///
@@ -194,7 +207,7 @@ impl Header {
         let mut key = Secret::zeros(new.key_bytes as usize);
         SectorCipher::new(new.cipher, &key)?;
         fill(key.bytes_mut())?;
-        let material = (u64::from(new.key_bytes) * u64::from(STRIPES)).next_multiple_of(MATERIAL_ALIGN);
+        let material = new.material();
         let slot = |index: usize| KeySlot {
             active: index == 0,
             iterations: 0,
@@ -205,7 +218,7 @@ impl Header {
         let mut header = Self {
             cipher: new.cipher,
             hash: new.hash,
-            payload_offset: MATERIAL_ALIGN + KEY_SLOTS as u64 * material,
+            payload_offset: new.payload_offset(),
             key_bytes: new.key_bytes,
             digest: [0; DIGEST],
             digest_salt: [0; SALT],

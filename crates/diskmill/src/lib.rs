@@ -27,6 +27,7 @@ mod encrypted;
 mod error;
 mod image;
 mod layout;
+pub mod measure;
 pub mod ova;
 mod policy;
 mod probe;

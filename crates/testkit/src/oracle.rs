@@ -29,6 +29,11 @@ impl Oracle {
         Self { dir: dir.to_owned(), ..self.clone() }
     }
 
+    /// The folder in which relative names are meant.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The installed version, such as (10, 0).
     pub fn version(&self) -> (u32, u32) {
         let text = self.img(["--version"]).ok().out();

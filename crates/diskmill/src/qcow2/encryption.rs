@@ -106,18 +106,27 @@ impl LuksOptions {
         let Some(passphrase) = &self.key else {
             return Err(Error::invalid("encryption needs a passphrase for the new image"));
         };
+        let new = self.header();
+        let (key, bytes) = Header::create(&new, passphrase)?;
+        Ok((Arc::new(SectorCipher::new(new.cipher, &key)?), bytes))
+    }
+
+    /// Bytes that the LUKS header and its key material will take.
+    pub(crate) fn header_bytes(&self) -> u64 {
+        self.header().payload_offset()
+    }
+
+    fn header(&self) -> NewHeader {
         let iv = match self.iv {
             Iv::Plain => IvGenerator::Plain,
             Iv::Plain64 => IvGenerator::Plain64,
             Iv::Essiv => IvGenerator::Essiv(self.iv_hash.unwrap_or(Hash::Sha256)),
         };
-        let new = NewHeader {
+        NewHeader {
             cipher: CipherSpec { algorithm: self.algorithm, mode: self.mode, iv },
             key_bytes: if self.mode == Mode::Xts { 2 * self.cipher_key } else { self.cipher_key },
             hash: self.hash,
             iter_time: self.iter_time,
-        };
-        let (key, bytes) = Header::create(&new, passphrase)?;
-        Ok((Arc::new(SectorCipher::new(new.cipher, &key)?), bytes))
+        }
     }
 }
