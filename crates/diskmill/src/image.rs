@@ -12,7 +12,7 @@ use diskmill_io::{ImageLock, SharedStorage};
 use self::open::Opener;
 pub(crate) use self::open::resolve;
 use crate::edit::Writer;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::layout::{Extent, FileId, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
 use crate::policy::OpenPolicy;
 use crate::probe::Format;
@@ -141,9 +141,9 @@ impl Image {
     /// Opens the image at `path`, and the files that it names if the policy allows.
     ///
     /// # Errors
-    /// Any [`Kind`] but `Cancelled`; the message names the file that is the trouble.
+    /// Any [`Kind`](crate::Kind) but `Cancelled`; the message names the file that is the trouble.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
-        Opener::new(options).open(path.as_ref())
+        Opener::new(options, None).open(path.as_ref())
     }
 
     /// Opens an image in `storage`, which the caller made; `path` only stands in messages. It may name no other file.
@@ -155,16 +155,19 @@ impl Image {
         path: impl Into<PathBuf>,
         options: &OpenOptions,
     ) -> Result<Self> {
+        Self::from_storages(&[ImageFile { storage, path: path.into() }], options)
+    }
+
+    /// Opens the image in the first of `files`, which the caller made. A file that an image names is the one among
+    /// `files` with that path, which counts from the folder of the image that names it; there are no others.
+    /// Nothing is locked.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; [`Kind::Denied`](crate::Kind::Denied) for a name that is not among them.
+    pub fn from_storages(files: &[ImageFile], options: &OpenOptions) -> Result<Self> {
+        let Some(first) = files.first() else { return Err(Error::invalid("an image without a file")) };
         let options = OpenOptions { policy: OpenPolicy::default(), ..options.clone() };
-        let path = path.into();
-        let mut opener = Opener::new(&options);
-        let next =
-            opener.layer(storage, path.clone(), options.format, options.snapshot.as_ref(), Path::new(""))?;
-        if let Some(next) = next {
-            let path = next.path;
-            return Err(Error::new(Kind::Denied, format!("the backing file {path:?} is not opened")));
-        }
-        Ok(opener.image)
+        Opener::new(&options, Some(files)).open(&first.path)
     }
 
     /// A disk of `size` zero bytes, made of nothing.
@@ -201,7 +204,7 @@ impl Image {
     /// bytes, zeros fill it up. [`Image::info`] tells of the whole disk as before.
     ///
     /// # Errors
-    /// [`Kind::Invalid`] if the range reaches past the end of the disk.
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the range reaches past the end of the disk.
     pub fn into_window(mut self, start: u64, len: u64) -> Result<Self> {
         if self.writer.is_some() {
             return Err(Error::unsupported("writing to a part of a disk"));

@@ -43,6 +43,15 @@ struct Journal {
     epochs: Vec<Vec<Change>>,
 }
 
+/// A point in the journal of a [`FaultyStorage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Moment {
+    /// Barriers ([`sync`](Storage::sync)) before it.
+    pub barriers: usize,
+    /// Changes since the last of them.
+    pub changes: usize,
+}
+
 #[derive(Clone)]
 enum Change {
     Write { at: u64, data: Vec<u8> },
@@ -118,24 +127,33 @@ impl FaultyStorage {
         Ok(())
     }
 
-    /// How many barriers ([`sync`](Storage::sync)) the journal has seen; also the number of the open epoch.
-    pub fn barriers(&self) -> usize {
-        self.state().journal.as_ref().map_or(0, |j| j.epochs.len().saturating_sub(1))
+    /// How far the journal has come; its start without a journal.
+    pub fn moment(&self) -> Moment {
+        let state = self.state();
+        let epochs = state.journal.as_ref().map(|journal| &journal.epochs);
+        epochs.map_or(Moment::default(), |epochs| Moment {
+            barriers: epochs.len().saturating_sub(1),
+            changes: epochs.last().map_or(0, Vec::len),
+        })
     }
 
     /// What the disk may hold if the power fails now: all that was written before the last barrier, and of what was
     /// written since any subset in any order, with writes torn at 512-byte borders. At most `max` states: first none
-    /// of it, then all of it, then each subset if there are few enough, or random ones (by `seed`, always the same).
+    /// of it, then all of it, then each subset if there are few enough, or random ones (by `seed`, always the same):
+    /// of sectors, of whole writes, all but one write, or the writes up to some point.
     /// Empty without a journal.
     pub fn crash_states(&self, seed: u64, max: usize) -> CrashStates {
-        self.crash_states_at(self.barriers(), seed, max)
+        self.crash_states_at(self.moment(), seed, max)
     }
 
-    /// As [`crash_states`](Self::crash_states), for a power failure just before barrier number `epoch` (from 0).
-    pub fn crash_states_at(&self, epoch: usize, seed: u64, max: usize) -> CrashStates {
+    /// As [`crash_states`](Self::crash_states), for a power failure at an earlier moment.
+    pub fn crash_states_at(&self, moment: Moment, seed: u64, max: usize) -> CrashStates {
         let state = self.state();
-        let Some((journal, open)) = state.journal.as_ref().and_then(|j| Some((j, j.epochs.get(epoch)?)))
-        else {
+        let open = state.journal.as_ref().and_then(|journal| {
+            let open = journal.epochs.get(moment.barriers)?;
+            Some((journal, open.get(..moment.changes)?))
+        });
+        let Some((journal, open)) = open else {
             return CrashStates {
                 base: Vec::new(),
                 changes: Vec::new(),
@@ -145,8 +163,11 @@ impl FaultyStorage {
             };
         };
         let mut base = journal.base.clone();
-        journal.epochs.iter().take(epoch).flatten().for_each(|change| change.apply(&mut base));
-        let changes: Vec<_> = open.iter().flat_map(Change::sectors).collect();
+        journal.epochs.iter().take(moment.barriers).flatten().for_each(|change| change.apply(&mut base));
+        let torn = |(index, change): (usize, &Change)| {
+            change.sectors().into_iter().map(move |part| (index, part)).collect::<Vec<_>>()
+        };
+        let changes: Vec<_> = open.iter().enumerate().flat_map(torn).collect();
         let subsets =
             u32::try_from(changes.len()).ok().and_then(|n| 1usize.checked_shl(n)).filter(|&n| n > 0);
         // A single order of so few changes is not all there is; the states beyond the subsets shuffle them.
@@ -351,7 +372,8 @@ impl Change {
 /// The disks that a crash may leave; see [`FaultyStorage::crash_states`].
 pub struct CrashStates {
     base: Vec<u8>,
-    changes: Vec<Change>,
+    /// Sectors, each with the number of its write.
+    changes: Vec<(usize, Change)>,
     next: usize,
     count: usize,
     random: Random,
@@ -375,17 +397,38 @@ impl Iterator for CrashStates {
             _ if subsets <= self.count && n < subsets => {
                 (0..all).filter(|&i| (n - 1) >> i & 1 == 1).collect()
             }
-            _ => {
-                let density = self.random.below(9);
-                let mut some: Vec<usize> = (0..all).filter(|_| self.random.below(8) < density).collect();
-                if n % 2 == 0 {
-                    self.random.shuffle(&mut some);
-                }
-                some
-            }
+            _ => self.sample(),
         };
-        chosen.iter().filter_map(|&i| self.changes.get(i)).for_each(|change| change.apply(&mut disk));
+        let parts = chosen.iter().filter_map(|&i| self.changes.get(i));
+        parts.for_each(|(_, change)| change.apply(&mut disk));
         Some(MemoryStorage::with_bytes(disk, MAX_JOURNALLED))
+    }
+}
+
+impl CrashStates {
+    /// Some of the changes. Lost writes tell more than lost sectors where a write is long, and one lost write among many
+    /// is what a missing barrier comes to.
+    fn sample(&mut self) -> Vec<usize> {
+        let writes = self.changes.last().map_or(0, |(write, _)| write + 1) as u64;
+        let (kind, density, seed) = (self.random.below(6), self.random.below(9), self.random.next());
+        let one = self.random.below(writes) as usize;
+        let write_stays = |write: usize| Random(seed ^ write as u64).below(8) < density;
+        let mut some = Vec::new();
+        for (i, (write, _)) in self.changes.iter().enumerate() {
+            let stays = match kind {
+                0 | 1 => self.random.below(8) < density,
+                2 => write_stays(*write),
+                3 => *write != one,
+                4 => *write == one,
+                // The write at the border is torn.
+                _ => *write < one || (*write == one && self.random.below(2) == 0),
+            };
+            some.extend(stays.then_some(i));
+        }
+        if kind == 0 {
+            self.random.shuffle(&mut some);
+        }
+        some
     }
 }
 
@@ -465,17 +508,19 @@ mod tests {
         disk.sync().unwrap();
         disk.write_at(b"B", 1).unwrap();
         disk.write_at(b"C", 2).unwrap();
-        let states = |epoch| -> BTreeSet<Vec<u8>> {
-            disk.crash_states_at(epoch, 1, 100).map(|s| s.to_vec()).collect()
+        let states = |barriers, changes| -> BTreeSet<Vec<u8>> {
+            let moment = Moment { barriers, changes };
+            disk.crash_states_at(moment, 1, 100).map(|s| s.to_vec()).collect()
         };
         let set = |all: &[&[u8]]| -> BTreeSet<Vec<u8>> { all.iter().map(|s| s.to_vec()).collect() };
-        assert_eq!(disk.barriers(), 1);
-        assert_eq!(states(0), set(&[b"...", b"A.."]));
-        assert_eq!(states(1), set(&[b"A..", b"AB.", b"A.C", b"ABC"]));
-        assert!(disk.crash_states(1, 100).map(|s| s.to_vec()).collect::<BTreeSet<_>>() == states(1));
+        assert_eq!(disk.moment(), Moment { barriers: 1, changes: 2 });
+        assert_eq!(states(0, 1), set(&[b"...", b"A.."]));
+        assert_eq!(states(1, 1), set(&[b"A..", b"AB."]));
+        assert_eq!(states(1, 2), set(&[b"A..", b"AB.", b"A.C", b"ABC"]));
+        assert!(disk.crash_states(1, 100).map(|s| s.to_vec()).collect::<BTreeSet<_>>() == states(1, 2));
         disk.sync().unwrap();
-        assert_eq!(states(2), set(&[b"ABC"]));
-        assert!(states(3).is_empty());
+        assert_eq!(states(2, 0), set(&[b"ABC"]));
+        assert!(states(3, 0).is_empty());
     }
 
     #[test]

@@ -27,7 +27,7 @@ mod temporary;
 
 pub use buf::{BUF_ALIGN, Buf};
 pub use engine::{EngineChoice, EnginePlan, SyncEngine, UringEngine};
-pub use faulty::{CrashStates, FaultyStorage};
+pub use faulty::{CrashStates, FaultyStorage, Moment};
 pub use file::{FileStorage, OpenHow, same_filesystem};
 pub use lock::{ImageLock, LockError, LockMode};
 pub use memory::MemoryStorage;

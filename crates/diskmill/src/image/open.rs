@@ -34,6 +34,8 @@ pub(super) struct Next {
 
 pub(super) struct Opener<'a> {
     options: &'a OpenOptions,
+    /// All files that there are, if the caller gave storages instead of a path.
+    given: Option<&'a [ImageFile]>,
     pub(super) image: Image,
     /// Device and inode of each file, to find loops.
     seen: Vec<(u64, u64)>,
@@ -44,7 +46,7 @@ pub(super) struct Opener<'a> {
 }
 
 impl<'a> Opener<'a> {
-    pub(super) fn new(options: &'a OpenOptions) -> Self {
+    pub(super) fn new(options: &'a OpenOptions, given: Option<&'a [ImageFile]>) -> Self {
         let image = Image {
             layers: Vec::new(),
             files: Vec::new(),
@@ -53,12 +55,17 @@ impl<'a> Opener<'a> {
             scratch: Mutex::default(),
             _locks: Vec::new(),
         };
-        Self { options, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
+        Self { options, given, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
     }
 
     pub(super) fn open(mut self, path: &Path) -> Result<Image> {
-        let root = path.canonicalize().map_err(|error| Error::io("cannot open", error).of(path))?;
-        let root = root.parent().unwrap_or(Path::new("/")).to_owned();
+        let root = match self.given {
+            Some(_) => PathBuf::new(),
+            None => {
+                let real = path.canonicalize().map_err(|error| Error::io("cannot open", error).of(path))?;
+                real.parent().unwrap_or(Path::new("/")).to_owned()
+            }
+        };
         let mut next = Next { path: path.to_owned(), format: self.options.format, cid: None };
         loop {
             let top = self.image.layers.is_empty();
@@ -87,6 +94,9 @@ impl<'a> Opener<'a> {
     /// Opens and locks a file. One that an image in this tree `named` as that is checked against the policy again now that
     /// nobody can exchange it.
     fn open_file(&mut self, path: &Path, named: Option<(&Path, &str)>) -> Result<SharedStorage> {
+        if let Some(given) = self.given {
+            return self.find_given(given, path);
+        }
         let writable = self.writable();
         let how = OpenHow { read: true, write: writable, direct: self.options.direct, ..OpenHow::default() };
         let storage =
@@ -98,11 +108,7 @@ impl<'a> Opener<'a> {
             let real = real.unwrap_or_else(|_| path.to_owned());
             self.options.policy.check_open(&real, &meta, root, what)?;
         }
-        let identity = (meta.dev(), meta.ino());
-        if self.seen.contains(&identity) {
-            return Err(Error::corrupt("backing chain", None, "it comes back to this file: a loop").of(path));
-        }
-        self.seen.push(identity);
+        self.see((meta.dev(), meta.ino()), path)?;
         let storage: SharedStorage = Arc::new(storage);
         let mode = match () {
             () if writable => LockMode::Writer,
@@ -115,6 +121,31 @@ impl<'a> Opener<'a> {
             Err(conflict) => return Err(Error::new(Kind::Busy, conflict.to_string()).of(path)),
         }
         Ok(storage)
+    }
+
+    fn find_given(&mut self, given: &[ImageFile], path: &Path) -> Result<SharedStorage> {
+        let Some((index, file)) = given.iter().enumerate().find(|(_, file)| file.path == path) else {
+            return Err(Error::new(Kind::Denied, "the file is not among those that were given").of(path));
+        };
+        self.see((0, index as u64), path)?;
+        Ok(Arc::clone(&file.storage))
+    }
+
+    /// Notes that the file of this `identity` belongs to the chain.
+    fn see(&mut self, identity: (u64, u64), path: &Path) -> Result<()> {
+        if self.seen.contains(&identity) {
+            return Err(Error::corrupt("backing chain", None, "it comes back to this file: a loop").of(path));
+        }
+        self.seen.push(identity);
+        Ok(())
+    }
+
+    /// Where the file is that an image in the tree `root` names as `what`, if that is allowed.
+    fn admit(&self, named: PathBuf, root: &Path, what: &str) -> Result<PathBuf> {
+        match self.given {
+            Some(_) => Ok(named),
+            None => self.options.policy.check(&named, root, what),
+        }
     }
 
     /// Whether what is opened now belongs to the image itself, and that is to be written to.
@@ -217,7 +248,7 @@ impl<'a> Opener<'a> {
                 return Err(Error::unsupported("an external data file of a disk inside an archive"));
             }
             let named = resolve(name, path, "external data file")?;
-            let data_path = self.options.policy.check(&named, root, "external data file")?;
+            let data_path = self.admit(named, root, "external data file")?;
             let data = self.open_file(&data_path, Some((root, "external data file")))?;
             let len = data.len().map_err(|error| Error::io("cannot tell the size", error).of(&data_path))?;
             Some((data, data_path, len))
@@ -230,11 +261,7 @@ impl<'a> Opener<'a> {
                 let named = resolve(name, path, "backing file")?;
                 let format =
                     backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
-                Some(Next {
-                    path: self.options.policy.check(&named, root, "backing file")?,
-                    format,
-                    cid: None,
-                })
+                Some(Next { path: self.admit(named, root, "backing file")?, format, cid: None })
             }
             _ => None,
         };
@@ -295,7 +322,7 @@ impl Opener<'_> {
             if self.archived {
                 return Err(Error::unsupported(format!("the extent {named:?} of a disk inside an archive")));
             }
-            let path = options.policy.check(named, tree, EXTENT)?;
+            let path = self.admit(named.to_owned(), tree, EXTENT)?;
             if let Some(file) = opened.get(&path) {
                 return Ok(file.clone());
             }
@@ -310,7 +337,7 @@ impl Opener<'_> {
         };
         let named = candidates.iter().find(|path| path.exists()).or(candidates.first());
         let Some(named) = named else { return Ok((layout, None)) };
-        let path = options.policy.check(named, root, "parent")?;
+        let path = self.admit(named.clone(), root, "parent")?;
         // Never probed: a parent is a VMDK, and a raw one would let the guest choose.
         Ok((layout, Some(Next { path, format: Some(Format::Vmdk), cid })))
     }
