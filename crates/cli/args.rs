@@ -56,6 +56,8 @@ pub(crate) enum Command {
     GuestfsCompanion(CompanionArgs),
     /// Tell how large a file a disk would need in a format
     Measure(crate::measure::MeasureArgs),
+    /// Tell what file-system commands need of this machine, and what it lacks
+    Doctor(crate::doctor::DoctorArgs),
     /// Serve an image over NBD
     Serve(crate::serve::ServeArgs),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines

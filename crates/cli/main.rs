@@ -5,6 +5,7 @@ mod args;
 mod check;
 mod compare;
 mod convert;
+mod doctor;
 mod exit;
 mod fs;
 mod info;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
     };

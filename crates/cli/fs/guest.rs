@@ -434,12 +434,15 @@ pub(crate) fn failure(error: &Error) -> Failure {
         return Failure::from(std::io::Error::from(cause.kind()));
     }
     let mut message = error.to_string();
-    let environment = matches!(
-        error.kind(),
-        Kind::NotInstalled | Kind::Start | Kind::NoKernel | Kind::Version | Kind::Timeout | Kind::Died
-    );
-    if environment && !message.contains("doctor") {
-        message.push_str("; `diskmill doctor` tells what this machine lacks");
+    let check = match error.kind() {
+        Kind::NotInstalled | Kind::Version => Some("doctor guestfish"),
+        Kind::NoKernel => Some("doctor kernel"),
+        Kind::Timeout => Some("doctor kvm memory"),
+        Kind::Start | Kind::Died => Some("doctor"),
+        _ => None,
+    };
+    if let Some(check) = check.filter(|_| !message.contains("`diskmill doctor")) {
+        message.push_str(&format!("; `diskmill {check}` tells what this machine lacks"));
     }
     Failure { exit: Exit::Failed, message: Some(message) }
 }

@@ -24,11 +24,11 @@ mod pack;
 mod registry;
 mod reply;
 mod run;
-mod settings;
+pub(crate) mod settings;
 mod sparsify;
 mod table;
 mod tools;
-mod watch;
+pub(crate) mod watch;
 
 use args::{FsArgs, Verb};
 

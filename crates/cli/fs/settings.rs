@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use diskmill_guestfs::Settings;
+use diskmill_guestfs::{Settings, kvm};
 use serde::Deserialize;
 
 use crate::exit::Failure;
@@ -66,15 +66,109 @@ struct FsTable {
     idle_timeout: Option<u64>,
 }
 
-/// The settings, and how long a kept session stays idle.
+/// The settings, and how long a kept session stays idle. Where KVM is there and does not boot, it is not used.
 pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Failure> {
-    let file = match path() {
-        Some(path) => read(&path)?,
-        None => FsTable::default(),
+    let (mut settings, idle) = merge(args, from_file()?, Settings::from_env(), in_env);
+    if settings.backend_settings.is_none()
+        && settings.backend == "direct"
+        && kvm::qemu(&settings).is_some_and(|qemu| kvm::verdict(&qemu, false).hangs())
+    {
+        settings.backend_settings = Some("force_tcg".to_owned());
+    }
+    Ok((settings, idle))
+}
+
+fn from_file() -> Result<FsTable, Failure> {
+    path().map_or(Ok(FsTable::default()), |path| read(&path))
+}
+
+fn in_env(name: &str) -> bool {
+    env::var_os(name).is_some_and(|value| !value.is_empty())
+}
+
+/// A setting, for people.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Setting {
+    /// As in the configuration file.
+    pub(crate) name: &'static str,
+    /// `None` is what libguestfs does by itself.
+    pub(crate) value: Option<String>,
+    /// A flag, a variable, the configuration file, or `default`.
+    pub(crate) from: String,
+}
+
+impl Setting {
+    pub(crate) fn is_set(&self) -> bool {
+        self.from != DEFAULT
+    }
+
+    pub(crate) fn text(&self) -> String {
+        format!("{} = {} ({})", self.name, self.value.as_deref().unwrap_or("none"), self.from)
+    }
+}
+
+const DEFAULT: &str = "default";
+
+/// The settings as they were asked for, and where each comes from.
+pub(crate) fn asked_for(args: &SettingsArgs) -> Result<(Settings, Vec<Setting>), Failure> {
+    let file = from_file()?;
+    let shown = origins(args, &file, in_env);
+    let (settings, idle) = merge(args, file, Settings::from_env(), in_env);
+    let seconds = |time: Duration| Some(time.as_secs().to_string());
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let flag = |on: bool| Some(on.to_string());
+    let values = [
+        settings.memory_mib.map(|mib| mib.to_string()),
+        settings.cpus.map(|cpus| cpus.to_string()),
+        Some(settings.backend.clone()),
+        settings.backend_settings.clone(),
+        path(&settings.cache_dir),
+        path(&settings.tmp_dir),
+        path(&settings.appliance),
+        path(&settings.hypervisor),
+        flag(settings.debug),
+        flag(settings.trace),
+        seconds(settings.start_timeout),
+        Some(settings.call_timeout.map_or(0, |time| time.as_secs()).to_string()),
+        seconds(idle),
+    ];
+    let shown = shown.into_iter().zip(values).map(|((name, from), value)| Setting { name, value, from });
+    Ok((settings, shown.collect()))
+}
+
+/// Each setting's name, and where its value comes from.
+fn origins(
+    args: &SettingsArgs,
+    file: &FsTable,
+    in_env: impl Fn(&str) -> bool,
+) -> [(&'static str, String); 13] {
+    let of = |name: &'static str, variable: &str, flag: bool, in_file: bool| {
+        let from = if flag {
+            format!("--{name}")
+        } else if in_env(variable) {
+            variable.to_owned()
+        } else if in_file {
+            "config.toml".to_owned()
+        } else {
+            DEFAULT.to_owned()
+        };
+        (name, from)
     };
-    Ok(merge(args, file, Settings::from_env(), |name| {
-        env::var_os(name).is_some_and(|value| !value.is_empty())
-    }))
+    [
+        of("memsize", "LIBGUESTFS_MEMSIZE", args.memsize.is_some(), file.memsize.is_some()),
+        of("smp", "LIBGUESTFS_SMP", args.smp.is_some(), file.smp.is_some()),
+        of("backend", "LIBGUESTFS_BACKEND", args.backend.is_some(), file.backend.is_some()),
+        of("backend-settings", "LIBGUESTFS_BACKEND_SETTINGS", false, file.backend_settings.is_some()),
+        of("cache-dir", "LIBGUESTFS_CACHEDIR", false, file.cache_dir.is_some()),
+        of("tmp-dir", "LIBGUESTFS_TMPDIR", false, file.tmp_dir.is_some()),
+        of("appliance", "LIBGUESTFS_PATH", false, file.appliance.is_some()),
+        of("hypervisor", "LIBGUESTFS_HV", false, false),
+        of("debug", "LIBGUESTFS_DEBUG", false, false),
+        of("trace", "LIBGUESTFS_TRACE", false, false),
+        of("start-timeout", "", args.start_timeout.is_some(), file.start_timeout.is_some()),
+        of("call-timeout", "", args.call_timeout.is_some(), file.call_timeout.is_some()),
+        of("idle-timeout", "", args.idle_timeout.is_some(), file.idle_timeout.is_some()),
+    ]
 }
 
 fn merge(
@@ -155,6 +249,16 @@ mod tests {
         let (settings, _) = by(&args);
         assert_eq!((settings.memory_mib, settings.backend.as_str()), (Some(3000), "direct"));
         assert_eq!(settings.call_timeout, Some(Duration::from_secs(9)));
+    }
+
+    #[test]
+    fn each_setting_tells_where_it_comes_from() {
+        let file: FsTable = toml::from_str("memsize = 1000\nsmp = 2\nbackend = 'libvirt'").unwrap();
+        let args = SettingsArgs { memsize: Some(3000), ..NONE };
+        let found = origins(&args, &file, |name| ["LIBGUESTFS_SMP", "LIBGUESTFS_HV"].contains(&name));
+        let from = |name: &str| found.iter().find(|(other, _)| *other == name).unwrap().1.clone();
+        assert_eq!(["memsize", "smp", "backend"].map(from), ["--memsize", "LIBGUESTFS_SMP", "config.toml"]);
+        assert_eq!(["hypervisor", "idle-timeout"].map(from), ["LIBGUESTFS_HV", DEFAULT]);
     }
 
     #[test]

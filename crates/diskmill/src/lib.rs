@@ -41,7 +41,9 @@ pub mod vmdk;
 pub use diskmill_codec::engines as codec_engines;
 pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
-pub use diskmill_io::{Allocation, EngineChoice, PipeReader, PipeWriter, unlink_all_pending};
+pub use diskmill_io::{
+    Allocation, EngineChoice, EnginePlan, PipeReader, PipeWriter, reflinks_in, unlink_all_pending,
+};
 pub use error::{Error, Kind};
 pub use image::{Image, ImageFile, OpenOptions, SnapshotRef};
 pub use layout::{Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};

@@ -198,14 +198,7 @@ impl Kept {
 /// Sessions that are alive are left alone. Every [`Session::open`](crate::Session::open) does it first.
 pub fn sweep() -> Vec<PathBuf> {
     let mut swept = Vec::new();
-    for (dir, state) in states() {
-        let dead = match &state {
-            Some(state) => !state.keeper.is_alive(),
-            None => is_old(&dir),
-        };
-        if !dead {
-            continue;
-        }
+    for (dir, state) in dead() {
         // The folder's name was chosen at random and is in the environment of all that the session started.
         let mut variable = b"XDG_RUNTIME_DIR=".to_vec();
         variable.extend_from_slice(std::os::unix::ffi::OsStrExt::as_bytes(dir.as_os_str()));
@@ -223,6 +216,20 @@ pub fn sweep() -> Vec<PathBuf> {
         swept.push(dir);
     }
     swept
+}
+
+/// The folders that [`sweep`] would remove.
+#[must_use]
+pub fn leftovers() -> Vec<PathBuf> {
+    dead().map(|(dir, _)| dir).collect()
+}
+
+/// The folders whose sessions have ended without removing them.
+fn dead() -> impl Iterator<Item = (PathBuf, Option<State>)> {
+    states().filter(|(dir, state)| match state {
+        Some(state) => !state.keeper.is_alive(),
+        None => is_old(dir),
+    })
 }
 
 /// The folders below the root, with their states.

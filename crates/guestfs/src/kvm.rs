@@ -51,6 +51,12 @@ impl Verdict {
     pub fn works(&self) -> bool {
         matches!(self, Self::Works { .. })
     }
+
+    /// Whether libguestfs, which takes KVM wherever it opens, must be told not to.
+    #[must_use]
+    pub fn hangs(&self) -> bool {
+        matches!(self, Self::TooSlow { .. })
+    }
 }
 
 /// A verdict and what it holds for.
@@ -94,6 +100,22 @@ pub fn verdict(qemu: &Path, again: bool) -> Verdict {
         let _ = remember(&file, &key(verdict.clone()));
     }
     verdict
+}
+
+/// The QEMU that libguestfs takes with these settings: `LIBGUESTFS_HV`, else the one for this architecture on `PATH`.
+#[must_use]
+pub fn qemu(settings: &crate::Settings) -> Option<PathBuf> {
+    let name = match &settings.hypervisor {
+        Some(path) => path.clone(),
+        None => format!("qemu-system-{}", std::env::consts::ARCH).into(),
+    };
+    if name.components().count() > 1 {
+        return name.is_file().then_some(name);
+    }
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path).map(|dir| dir.join(&name)).find(|path| path.is_file());
+    // Where RHEL keeps it.
+    found.or_else(|| Some(PathBuf::from("/usr/libexec/qemu-kvm")).filter(|path| path.is_file()))
 }
 
 /// `$XDG_CACHE_HOME/diskmill`, by default `~/.cache/diskmill`; `None` without a home.

@@ -43,7 +43,7 @@ pub use command::Command;
 pub use disk::Disk;
 pub use error::{Error, Kind, Result};
 pub use keeper::keeper_main;
-pub use kept::{Kept, sweep};
+pub use kept::{Kept, leftovers, sweep};
 pub use options::{Event, Listener, Options};
 pub use session::{MAX_OUTPUT, Session};
 pub use settings::Settings;

@@ -156,10 +156,16 @@ fn start_failed(said: &str, reason: &str) -> Error {
         said,
         &["failed to find a suitable kernel", "no kernel", "cannot find any suitable libguestfs supermin"],
     ) {
-        return Error::new(Kind::NoKernel, format!("the appliance cannot be built: {reason}")).hint(DOCTOR);
+        return Error::new(Kind::NoKernel, format!("the appliance cannot be built: {reason}"))
+            .hint("`diskmill doctor kernel` tells what is missing");
     }
     let short = reason.lines().next().unwrap_or_default();
-    Error::new(Kind::Start, format!("the appliance does not start: {short}")).hint(DOCTOR)
+    // supermin says no more than that it failed.
+    let hint = match short.contains("supermin") {
+        true => "`diskmill doctor kernel supermin cache` tells what is missing",
+        false => DOCTOR,
+    };
+    Error::new(Kind::Start, format!("the appliance does not start: {short}")).hint(hint)
 }
 
 fn has(said: &str, words: &[&str]) -> bool {

@@ -22,6 +22,7 @@ mod lock;
 mod memory;
 mod pipe;
 mod publish;
+mod reflink;
 mod sys;
 mod temporary;
 
@@ -33,6 +34,7 @@ pub use lock::{ImageLock, LockError, LockMode};
 pub use memory::MemoryStorage;
 pub use pipe::{PipeReader, PipeWriter};
 pub use publish::{PendingFile, unlink_all_pending};
+pub use reflink::reflinks_in;
 pub use temporary::temporary;
 
 /// What is stored in a range, as far as the storage can tell without reading it.

@@ -1,0 +1,170 @@
+//! `diskmill doctor` on machines that lack something, as their environment shows it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Duration;
+
+use diskmill_testkit::{Cmd, Tool, require_program, scratch};
+use serde_json::Value;
+
+/// The doctor with a home, a cache and temporary files in `dir` alone, and no settings.
+fn doctor(dir: &Path) -> Cmd {
+    let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["doctor"]).dir(dir);
+    let cmd = cmd.env("HOME", dir).env("TMPDIR", dir).env("XDG_RUNTIME_DIR", dir);
+    ["XDG_CACHE_HOME", "XDG_CONFIG_HOME", "LIBGUESTFS_PATH", "LIBGUESTFS_CACHEDIR", "LIBGUESTFS_BACKEND"]
+        .into_iter()
+        .fold(cmd, |cmd, name| cmd.env(name, ""))
+}
+
+fn status<'a>(report: &'a Value, name: &str) -> &'a str {
+    let checks = report["checks"].as_array().unwrap();
+    checks.iter().find(|check| check["check"] == name).unwrap()["status"].as_str().unwrap()
+}
+
+fn program(path: &Path, script: &str) {
+    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn each_thing_that_is_missing_is_a_problem_with_its_remedy() {
+    let dir = scratch();
+    let dir = dir.path();
+    let run = |check: &str, env: (&str, &str)| doctor(dir).arg(check).env(env.0, env.1);
+    let problems = [
+        ("guestfish", ("PATH", "/nowhere"), "apt install guestfish"),
+        ("qemu", ("PATH", "/nowhere"), "apt install qemu-system"),
+        ("qemu", ("LIBGUESTFS_HV", "/nowhere/qemu"), "apt install qemu-system"),
+        ("supermin", ("PATH", "/nowhere"), "apt install supermin"),
+        ("kernel", ("SUPERMIN_KERNEL", "/nowhere/vmlinuz"), "set all three"),
+        ("cache", ("LIBGUESTFS_CACHEDIR", "/nowhere"), "LIBGUESTFS_CACHEDIR"),
+        ("tmp", ("LIBGUESTFS_TMPDIR", "/nowhere"), "LIBGUESTFS_TMPDIR"),
+        ("appliance", ("LIBGUESTFS_PATH", "/nowhere"), "libguestfs-make-fixed-appliance"),
+        ("settings", ("LIBGUESTFS_MEMSIZE", "much"), "whole number"),
+    ];
+    for (check, env, remedy) in problems {
+        let out = run(check, env).run().expect_code(1);
+        assert!(out.out().contains("PROBLEM") && out.out().contains(remedy), "{check} {env:?}: {out}");
+    }
+    for (check, env) in [("tools", ("PATH", "/nowhere")), ("fuse", ("PATH", "/nowhere"))] {
+        let out = run(check, env).run().expect_code(0);
+        assert!(out.out().starts_with("note") && out.out().contains("-> "), "{check} {env:?}: {out}");
+    }
+    run("nonsense", ("A", "b")).fails(2);
+}
+
+#[test]
+fn programs_that_do_not_run_and_kernels_by_name() {
+    let dir = scratch();
+    let dir = dir.path();
+    let bin = dir.join("bin");
+    fs::create_dir(&bin).unwrap();
+    program(&bin.join("guestfish"), "echo broken >&2; exit 3");
+    let out = doctor(dir).arg("guestfish").env("PATH", &bin).run().expect_code(1);
+    assert!(out.out().contains("does not run"), "{out}");
+    program(&bin.join("guestfish"), "echo guestfish 9.9");
+    let out = doctor(dir).arg("guestfish").env("PATH", &bin).ok();
+    assert!(out.out().contains("guestfish 9.9"), "{out}");
+
+    fs::write(dir.join("vmlinuz"), "").unwrap();
+    fs::create_dir(dir.join("modules")).unwrap();
+    let kernel = || {
+        let cmd = doctor(dir).arg("kernel").env("SUPERMIN_KERNEL", dir.join("vmlinuz"));
+        cmd.env("SUPERMIN_KERNEL_VERSION", "9").env("SUPERMIN_MODULES", dir.join("modules"))
+    };
+    assert!(kernel().run().expect_code(1).out().contains("modules.dep"));
+    fs::write(dir.join("modules/modules.dep"), "").unwrap();
+    kernel().ok();
+}
+
+#[test]
+fn a_fixed_appliance_needs_neither_supermin_nor_a_kernel() {
+    let dir = scratch();
+    let dir = dir.path();
+    let fixed = dir.join("fixed");
+    fs::create_dir(&fixed).unwrap();
+    for name in ["README.fixed", "kernel", "initrd", "root"] {
+        fs::write(fixed.join(name), "").unwrap();
+    }
+    let cmd = doctor(dir).args(["--json", "appliance", "supermin", "kernel", "cache"]);
+    let report = cmd.env("PATH", "/nowhere").env("LIBGUESTFS_PATH", &fixed).ok().json();
+    assert_eq!(report["ok"], true);
+    assert_eq!(report["checks"].as_array().unwrap().len(), 4);
+    let path = report["settings"].as_array().unwrap().iter().find(|s| s["name"] == "appliance").unwrap();
+    assert_eq!((&path["from"], &path["value"]), (&"LIBGUESTFS_PATH".into(), &fixed.to_str().unwrap().into()));
+}
+
+#[test]
+fn kvm_that_hangs_is_told_and_remembered() {
+    let dir = scratch();
+    let dir = dir.path();
+    if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        let report = doctor(dir).args(["--json", "kvm"]).ok().json();
+        assert_eq!(status(&report, "kvm"), "note");
+        return;
+    }
+    let qemu = dir.join("qemu");
+    program(&qemu, "echo >>calls; case $2 in tcg) exit 85;; esac; exec sleep 60");
+    let kvm = || doctor(dir).arg("kvm").env("LIBGUESTFS_HV", &qemu).limit(Duration::from_secs(30));
+    let calls = || fs::read_to_string(dir.join("calls")).unwrap_or_default().len();
+    assert!(kvm().ok().out().contains("does not boot"));
+    assert_eq!(calls(), 2);
+    assert!(kvm().ok().out().contains("does not boot"));
+    assert_eq!(calls(), 2, "the verdict was not remembered");
+    let _ = kvm().arg("--retest-kvm").ok();
+    assert_eq!(calls(), 4);
+}
+
+#[test]
+fn leftovers_are_listed_and_removed_only_when_told() {
+    let dir = scratch();
+    let dir = dir.path();
+    let sockets = dir.join("diskmill-nbd");
+    fs::create_dir(&sockets).unwrap();
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o700)).unwrap();
+    let alive = UnixListener::bind(sockets.join("alive")).unwrap();
+    drop(UnixListener::bind(sockets.join("dead")).unwrap());
+    let served = dir.join("diskmill-nbd-x1");
+    fs::create_dir(&served).unwrap();
+    drop(UnixListener::bind(served.join("disk")).unwrap());
+    // What is not ours to remove.
+    symlink(dir, dir.join("diskmill-nbd-x2")).unwrap();
+    let report = doctor(dir).args(["--json", "leftovers"]).ok().json();
+    let found = report["checks"][0]["found"].as_str().unwrap();
+    for (name, listed) in [("nbd/dead", true), ("nbd-x1/disk", true), ("alive", false), ("x2", false)] {
+        assert_eq!(found.contains(name), listed, "{name}: {found}");
+    }
+    assert!(served.exists());
+    let _ = doctor(dir).args(["leftovers", "--fix"]).ok();
+    assert!(!served.exists() && !sockets.join("dead").exists());
+    assert!(sockets.join("alive").exists() && dir.join("diskmill-nbd-x2").exists());
+    drop(alive);
+}
+
+#[test]
+fn the_appliance_boots() {
+    let dir = scratch();
+    if require_program("guestfish").is_none() {
+        return;
+    }
+    // The appliance that other tests have built, too, is good enough.
+    let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["doctor", "--json", "boot", "kernel"]);
+    let out =
+        cmd.dir(dir.path()).env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg").limit(Duration::from_secs(400));
+    let report = out.ok().json();
+    assert_eq!(status(&report, "boot"), "ok");
+    assert!(report["checks"][1]["found"].as_str().unwrap().contains("emulated"), "{report}");
+}
+
+#[test]
+fn a_verb_that_fails_names_the_check_that_explains_it() {
+    let dir = scratch();
+    let dir = dir.path();
+    fs::File::create(dir.join("a.raw")).unwrap().set_len(1 << 20).unwrap();
+    let list =
+        Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["fs", "list", "-f", "raw", "a.raw"]).dir(dir);
+    list.env("PATH", "/nowhere").fails(1).says(&["guestfish", "`diskmill doctor guestfish`"]);
+}
