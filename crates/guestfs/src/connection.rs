@@ -330,3 +330,7 @@ fn set_nonblocking(fd: impl std::os::fd::AsFd) -> io::Result<()> {
     let flags = fcntl_getfl(&fd)?;
     Ok(fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
 }
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

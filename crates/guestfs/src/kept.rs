@@ -15,7 +15,9 @@ use crate::{Disk, Error, Kind, Result};
 
 /// The version of [`State`]; another one is not ours to use.
 const VERSION: u32 = 1;
-/// A folder without a state is left alone so long: its keeper may be about to write it.
+/// The file that a keeper holds locked while it lives.
+const GUARD: &str = "guard";
+/// A folder without a guard is left alone so long: its keeper may be about to make it.
 const YOUNG: Duration = Duration::from_secs(60);
 /// How often a lock that somebody else holds is tried again.
 const RETRY: Duration = Duration::from_millis(5);
@@ -198,7 +200,7 @@ impl Kept {
 /// Sessions that are alive are left alone. Every [`Session::open`](crate::Session::open) does it first.
 pub fn sweep() -> Vec<PathBuf> {
     let mut swept = Vec::new();
-    for (dir, state) in dead() {
+    for Dead { dir, state, _guard } in dead() {
         // The folder's name was chosen at random and is in the environment of all that the session started.
         let mut variable = b"XDG_RUNTIME_DIR=".to_vec();
         variable.extend_from_slice(std::os::unix::ffi::OsStrExt::as_bytes(dir.as_os_str()));
@@ -221,14 +223,26 @@ pub fn sweep() -> Vec<PathBuf> {
 /// The folders that [`sweep`] would remove.
 #[must_use]
 pub fn leftovers() -> Vec<PathBuf> {
-    dead().map(|(dir, _)| dir).collect()
+    dead().map(|dead| dead.dir).collect()
+}
+
+/// The folder of a session that has ended without removing it.
+struct Dead {
+    dir: PathBuf,
+    state: Option<State>,
+    /// Held while we look at it, so that nobody else removes it meanwhile.
+    _guard: Option<File>,
 }
 
 /// The folders whose sessions have ended without removing them.
-fn dead() -> impl Iterator<Item = (PathBuf, Option<State>)> {
-    states().filter(|(dir, state)| match state {
-        Some(state) => !state.keeper.is_alive(),
-        None => is_old(dir),
+fn dead() -> impl Iterator<Item = Dead> {
+    states().filter_map(|(dir, state)| {
+        let Ok(guard) = File::open(dir.join(GUARD)) else {
+            return is_old(&dir).then_some(Dead { dir, state, _guard: None });
+        };
+        // A keeper that lives holds it, in whichever container of this machine.
+        flock(&guard, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some(Dead { dir, state, _guard: Some(guard) })
     })
 }
 
@@ -253,6 +267,17 @@ fn is_old(dir: &Path) -> bool {
 /// When somebody used the session last.
 pub(crate) fn last_use(place: &Place) -> Option<SystemTime> {
     fs::metadata(place.lock()).and_then(|found| found.modified()).ok()
+}
+
+/// Locks the session's guard for as long as its keeper lives.
+pub(crate) fn guard(place: &Place) -> Result<File> {
+    let path = place.dir.join(GUARD);
+    let lock = || -> io::Result<File> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file)
+    };
+    lock().map_err(|e| Error::io(format!("cannot lock {}", path.display()), e))
 }
 
 /// The right to talk to a session's guestfish, which serves one program at a time.

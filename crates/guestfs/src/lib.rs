@@ -25,6 +25,8 @@ mod command;
 mod connection;
 mod disk;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod keeper;
 mod kept;
 mod keys;

@@ -11,6 +11,9 @@ use crate::{Error, Kind};
 /// What is kept of the messages of one call: the last so many bytes.
 const MAX_MESSAGES: u64 = 64 << 10;
 
+/// The longest reason that an error gives, in characters.
+const MAX_REASON: usize = 2000;
+
 /// The next step that errors of the start name.
 const DOCTOR: &str = "`diskmill doctor` checks what the appliance needs";
 
@@ -62,7 +65,7 @@ impl Messages {
 }
 
 /// Position and total from `procedure serial position total` (guestfish(1), "event").
-fn progress_line(line: &str) -> Option<(u64, u64)> {
+pub(crate) fn progress_line(line: &str) -> Option<(u64, u64)> {
     let mut fields = line.split_ascii_whitespace().skip(2);
     let done = fields.next()?.parse().ok()?;
     let total = fields.next()?.parse().ok().filter(|&total| total > 0)?;
@@ -111,7 +114,7 @@ pub(crate) fn diagnose(command: &str, said: &str) -> Error {
         .lines()
         .filter_map(|line| line.strip_prefix("libguestfs: error: ").or_else(|| line.strip_prefix("error: ")))
         .collect();
-    let reason = if reasons.is_empty() { said.trim().to_owned() } else { reasons.join("; ") };
+    let reason = one_line(if reasons.is_empty() { said.lines().collect() } else { reasons });
     let own = format!("{command}: ");
     // "ls0: ls0_stub: …" and "ls0: …"
     let own_stub = format!("{}_stub: ", command.replace('-', "_"));
@@ -159,13 +162,23 @@ fn start_failed(said: &str, reason: &str) -> Error {
         return Error::new(Kind::NoKernel, format!("the appliance cannot be built: {reason}"))
             .hint("`diskmill doctor kernel` tells what is missing");
     }
-    let short = reason.lines().next().unwrap_or_default();
     // supermin says no more than that it failed.
-    let hint = match short.contains("supermin") {
+    let hint = match reason.contains("supermin") {
         true => "`diskmill doctor kernel supermin cache` tells what is missing",
         false => DOCTOR,
     };
-    Error::new(Kind::Start, format!("the appliance does not start: {short}")).hint(hint)
+    Error::new(Kind::Start, format!("the appliance does not start: {reason}")).hint(hint)
+}
+
+/// The lines as one, cut to a length that can be read. What the guest can make part of a message, such as the name of a
+/// file, must not steer the terminal.
+fn one_line(lines: Vec<&str>) -> String {
+    let lines: Vec<&str> = lines.into_iter().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut text = String::new();
+    for c in lines.join("; ").chars().take(MAX_REASON) {
+        if c.is_control() { text.extend(c.escape_default()) } else { text.push(c) }
+    }
+    text
 }
 
 fn has(said: &str, words: &[&str]) -> bool {
@@ -190,6 +203,9 @@ mod tests {
             (error.kind(), error.to_string().as_str()),
             (Kind::NotFound, "cat: open: /x: No such file or directory")
         );
+        let error = diagnose("cat", "libguestfs: error: open: /\x1b[2J: No such file or directory");
+        assert_eq!(error.to_string(), "cat: open: /\\u{1b}[2J: No such file or directory");
+        assert_eq!(diagnose("cat", "one\n\ntwo\n").to_string(), "cat: one; two");
         assert_eq!(diagnose("cat", "").to_string(), "cat: guestfish gives no reason");
         let error = diagnose("write", "libguestfs: error: write: /f: No space left on device");
         assert_eq!(error.kind(), Kind::NoSpace);

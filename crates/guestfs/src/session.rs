@@ -129,6 +129,11 @@ impl Session {
         Kept::new(self.server.clone(), keeper_process, keep)
     }
 
+    /// Sets how long a call may take without any sign of life; `None`: for ever.
+    pub fn set_call_timeout(&mut self, limit: Option<Duration>) {
+        self.options.settings.call_timeout = limit;
+    }
+
     /// The number of the guestfish process.
     #[must_use]
     pub fn pid(&self) -> i32 {
@@ -314,12 +319,9 @@ impl Session {
         let (messages, options) = (&mut self.messages, &self.options);
         let mut alive =
             || messages.progress(&mut |done, total| options.tell(Event::Progress { done, total }));
-        let mut patience = Patience {
-            cancel: &options.cancel,
-            silence: options.settings.call_timeout,
-            until,
-            alive: &mut alive,
-        };
+        // The start is silent for most of its time, and has a limit of its own.
+        let silence = options.settings.call_timeout.filter(|_| until.is_none());
+        let mut patience = Patience { cancel: &options.cancel, silence, until, alive: &mut alive };
         let answer = connection.call(&request, input.as_mut(), sink, &mut patience);
         let said = self.messages.take();
         match answer {

@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, set_child_subreaper, setsid};
 
 use crate::connection::{Connection, Patience};
-use crate::kept::{State, Turn, last_use, sweep};
+use crate::kept::{State, Turn, guard, last_use, sweep};
 use crate::place::Place;
 use crate::process::{end_all_descendants, reap};
 use crate::{Cancel, Error, Kind, Result, Settings, wire};
 
 pub(crate) mod message;
 mod requests;
-mod server;
+pub(crate) mod server;
 
 use message::{Reply, Request, Server};
 use requests::{Heard, Requests};
@@ -61,6 +61,7 @@ fn run() -> Result<()> {
         reply(&Reply::Note(format!("removed what a killed session had left in {}", dir.display())));
     }
     let place = Place::create(&settings)?;
+    let _guard = guard(&place).inspect_err(|_| place.remove())?;
     let result = keep_watch(&settings, writable, &place, &mut requests);
     if !end_all_descendants(END_LIMIT) {
         reply(&Reply::Note("guestfish's processes do not end: one of them waits for a disk".to_owned()));

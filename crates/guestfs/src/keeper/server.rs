@@ -65,7 +65,7 @@ pub(super) fn guestfish(settings: &Settings, place: &Place) -> Command {
 }
 
 /// The server's process from `GUESTFISH_PID=4321; export GUESTFISH_PID`.
-fn server_pid(line: &str) -> Option<i32> {
+pub(crate) fn server_pid(line: &str) -> Option<i32> {
     let (number, _) = line.strip_prefix("GUESTFISH_PID=")?.split_once(';')?;
     number.parse().ok().filter(|&pid| pid > 1)
 }
