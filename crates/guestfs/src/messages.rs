@@ -17,22 +17,26 @@ const MAX_REASON: usize = 2000;
 /// The next step that errors of the start name.
 const DOCTOR: &str = "`diskmill doctor` checks what the appliance needs";
 
-/// Reads both files of a session from where it has come to.
+/// Reads the files of a session from where it has come to.
 #[derive(Debug)]
 pub(crate) struct Messages {
     messages: Tail,
     progress: Tail,
+    console: Tail,
 }
 
 impl Messages {
     pub(crate) fn new(place: &Place) -> Self {
-        Self { messages: Tail::new(place.messages()), progress: Tail::new(place.progress()) }
+        let [messages, progress, console] =
+            [place.messages(), place.progress(), place.console()].map(Tail::new);
+        Self { messages, progress, console }
     }
 
     /// Forgets what has been said so far.
     pub(crate) fn skip(&mut self) {
         self.messages.skip();
         self.progress.skip();
+        self.console.skip();
     }
 
     /// What has been said since.
@@ -50,17 +54,19 @@ impl Messages {
         !text.is_empty()
     }
 
+    /// What QEMU and the appliance have said since, where [`console_handler`](Self::console_handler) hears them.
+    pub(crate) fn console(&mut self) -> String {
+        String::from_utf8_lossy(&self.console.take()).into_owned()
+    }
+
     /// The shell command that guestfish runs for each progress event.
     pub(crate) fn progress_handler(&self) -> Vec<u8> {
-        let mut command = b"echo \"$@\" >>'".to_vec();
-        for &byte in self.progress.path.as_os_str().as_bytes() {
-            if byte == b'\'' {
-                command.extend_from_slice(br"'\'");
-            }
-            command.push(byte);
-        }
-        command.push(b'\'');
-        command
+        self.progress.handler("echo")
+    }
+
+    /// The shell command for each piece of the appliance's output, which QEMU's own messages are part of.
+    pub(crate) fn console_handler(&self) -> Vec<u8> {
+        self.console.handler("printf %s")
     }
 }
 
@@ -82,6 +88,19 @@ struct Tail {
 impl Tail {
     fn new(path: PathBuf) -> Self {
         Self { path, at: 0 }
+    }
+
+    /// A shell command that adds its arguments, which `print` prints.
+    fn handler(&self, print: &str) -> Vec<u8> {
+        let mut command = format!("{print} \"$@\" >>'").into_bytes();
+        for &byte in self.path.as_os_str().as_bytes() {
+            if byte == b'\'' {
+                command.extend_from_slice(br"'\'");
+            }
+            command.push(byte);
+        }
+        command.push(b'\'');
+        command
     }
 
     fn skip(&mut self) {
@@ -162,11 +181,13 @@ fn start_failed(said: &str, reason: &str) -> Error {
         return Error::new(Kind::NoKernel, format!("the appliance cannot be built: {reason}"))
             .hint("`diskmill doctor kernel` tells what is missing");
     }
-    // supermin says no more than that it failed.
+    // supermin says no more than that it failed; QEMU's own words tell more than that it has ended.
     let hint = match reason.contains("supermin") {
         true => "`diskmill doctor kernel supermin cache` tells what is missing",
         false => DOCTOR,
     };
+    let qemu: Vec<&str> = said.lines().filter(|line| line.starts_with("qemu-system-")).collect();
+    let reason = if qemu.is_empty() { reason.to_owned() } else { one_line(qemu) };
     Error::new(Kind::Start, format!("the appliance does not start: {reason}")).hint(hint)
 }
 
@@ -209,6 +230,19 @@ mod tests {
         assert_eq!(diagnose("cat", "").to_string(), "cat: guestfish gives no reason");
         let error = diagnose("write", "libguestfs: error: write: /f: No space left on device");
         assert_eq!(error.kind(), Kind::NoSpace);
+    }
+
+    #[test]
+    fn a_start_that_fails_is_explained_by_qemu() {
+        let said = "libguestfs: error: appliance closed the connection unexpectedly.\nThis usually means\n";
+        let error = diagnose("run", said);
+        assert_eq!((error.kind(), error.message().contains("closed the connection")), (Kind::Start, true));
+        let locked =
+            "qemu-system-x86_64: -device scsi-hd,drive=hd0: Failed to get \"write\" lock\nIs another process";
+        assert_eq!(diagnose("run", &format!("{said}{locked}")).kind(), Kind::Busy);
+        let memory = "qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory\n";
+        let error = diagnose("run", &format!("{said}{memory}"));
+        assert!(error.kind() == Kind::Start && error.message().contains("guest memory"), "{error}");
     }
 
     #[test]

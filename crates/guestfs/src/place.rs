@@ -69,6 +69,11 @@ impl Place {
         self.dir.join("progress")
     }
 
+    /// What QEMU and the appliance say while it starts.
+    pub(crate) fn console(&self) -> PathBuf {
+        self.dir.join("console")
+    }
+
     /// Passphrases on their way to guestfish: a named pipe.
     pub(crate) fn keys(&self) -> PathBuf {
         self.dir.join("keys")

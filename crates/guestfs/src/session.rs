@@ -19,6 +19,8 @@ pub const MAX_OUTPUT: usize = 256 << 20;
 const READ_CHUNK: usize = 2 << 20;
 /// How long we wait for another program that uses a kept session.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// The name of the event handler that hears what QEMU and the appliance say while it starts.
+const CONSOLE: &str = "diskmill-console";
 /// How long the keeper may take to write down what it keeps.
 const KEEP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -166,6 +168,9 @@ impl Session {
     fn launch(&mut self, until: Instant) -> Result<()> {
         let progress = self.messages.progress_handler();
         self.internal(&Command::new("event").arg("diskmill").arg("progress").arg(progress))?;
+        // Without it nobody hears why QEMU ends.
+        let console = self.messages.console_handler();
+        self.internal(&Command::new("event").arg(CONSOLE).arg("appliance").arg(console))?;
         if self.options.settings.network {
             self.internal(&Command::new("set-network").arg("true"))?;
         }
@@ -173,7 +178,8 @@ impl Session {
             self.internal(&command)?;
         }
         self.options.tell(Event::Step("starting the appliance"));
-        self.exchange(&Command::new("run"), None, &mut |_| Ok(()), Some(until))
+        self.exchange(&Command::new("run"), None, &mut |_| Ok(()), Some(until))?;
+        self.internal(&Command::new("delete-event").arg(CONSOLE)).map(drop)
     }
 
     /// Sends a command and gives back its output.
@@ -331,7 +337,10 @@ impl Session {
                 }
                 Ok(())
             }
-            Ok(Status::Failed) => Err(self.lost(diagnose(command.name(), &said))),
+            Ok(Status::Failed) => {
+                let said = format!("{said}\n{}", self.messages.console());
+                Err(self.lost(diagnose(command.name(), &said)))
+            }
             Err(e) => Err(self.lost(e.of(command.name()))),
         }
     }
