@@ -549,3 +549,14 @@ pub(crate) fn snapshot_ref(text: &str) -> SnapshotRef {
         (id, name) => SnapshotRef::Exact { id, name },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    /// Clap looks at a subcommand only when it is used: this looks at all.
+    #[test]
+    fn no_two_arguments_clash() {
+        super::Cli::command().debug_assert();
+    }
+}

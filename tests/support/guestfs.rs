@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use diskmill_guestfs::{Command, Disk, Options, Session, WatchdogCommand};
 use diskmill_testkit::{Cmd, Outcome, Tool, require_program, skip};
 
 /// The program with an appliance that boots everywhere: KVM may be there and not work.
@@ -27,6 +28,11 @@ impl Fs {
         cmd.env("LIBGUESTFS_BACKEND", "direct").env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
     }
 
+    /// `diskmill` with these words.
+    pub(crate) fn program(&self, words: &[&str]) -> Cmd {
+        self.environment(Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(words))
+    }
+
     /// `diskmill fs` with these words.
     pub(crate) fn cmd(&self, words: &[&str]) -> Cmd {
         let tool = Tool::under_test(env!("CARGO_BIN_EXE_diskmill"));
@@ -38,14 +44,40 @@ impl Fs {
         self.cmd(words).ok()
     }
 
-    /// guestfish on disks that may be written, with these commands: how test images are made.
-    pub(crate) fn guestfish(&self, disks: &[&str], commands: &str) {
-        let mut cmd = Cmd::new("guestfish").args(["--rw", "--format=raw", "--keys-from-stdin"]);
-        for disk in disks {
-            cmd = cmd.args(["-a", disk]);
-        }
-        std::fs::write(self.dir.join("commands.fish"), commands).unwrap();
-        let cmd = cmd.args(["-f", "commands.fish"]).stdin_bytes(b"secret\nsecret\n".to_vec());
-        let _ = self.environment(cmd).ok();
+    /// A session on raw disks that may be written: how test images are made.
+    pub(crate) fn maker(&self, disks: &[&str]) -> Maker {
+        let keeper = WatchdogCommand::new(env!("CARGO_BIN_EXE_diskmill"), ["guestfs-keeper"]);
+        let mut options = Options::new(keeper).unwrap();
+        options.settings.backend = "direct".to_owned();
+        options.settings.backend_settings = Some("force_tcg".to_owned());
+        let disks: Vec<Disk> =
+            disks.iter().map(|name| Disk::file(self.dir.join(name), "raw").writable()).collect();
+        Maker(Session::open(&disks, options).unwrap())
+    }
+}
+
+/// A session that must do what it is told.
+pub(crate) struct Maker(Session);
+
+impl Maker {
+    /// A command in words.
+    pub(crate) fn run(&mut self, line: &str) -> String {
+        let mut words = line.split_whitespace();
+        let command = Command::new(words.next().unwrap());
+        self.call(words.fold(command, Command::arg))
+    }
+
+    pub(crate) fn call(&mut self, command: Command) -> String {
+        let output = self.0.call(&command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        String::from_utf8(output).unwrap().trim_end().to_owned()
+    }
+
+    pub(crate) fn upload(&mut self, mut content: &[u8], path: &str) {
+        self.0.upload(&mut content, path).unwrap();
+    }
+
+    /// What was made is in the images when this returns.
+    pub(crate) fn close(self) {
+        self.0.close().unwrap();
     }
 }

@@ -315,9 +315,9 @@ pub(crate) struct PutArgs {
     #[arg(value_name = "PATH", num_args = 2.., required = true)]
     pub(crate) paths: Vec<OsString>,
 
-    /// Owner in the guest, as numbers: USER:GROUP, or `keep` for the host's
-    #[arg(long, value_name = "OWNER", default_value = "0:0", value_parser = owner)]
-    pub(crate) owner: Owner,
+    /// Owner in the guest, as numbers: USER:GROUP, or `keep` for the host's [default: 0:0]
+    #[arg(long, value_name = "OWNER", value_parser = owner)]
+    pub(crate) owner: Option<Owner>,
 
     /// Mode of files, in octal [default: the host's]
     #[arg(long, value_name = "MODE", value_parser = mode)]
@@ -345,7 +345,7 @@ pub(crate) struct TarOutArgs {
     #[arg(long)]
     pub(crate) xattrs: bool,
 
-    /// Leave out what matches this pattern
+    /// Leave out what matches this pattern, as tar(1) understands it: `*` stands for `/` too, and a name matches at any depth
     #[arg(long, value_name = "GLOB")]
     pub(crate) exclude: Vec<OsString>,
 }

@@ -15,7 +15,7 @@ use super::args::{FileType, GetArgs, PutArgs, TarInArgs, TarOutArgs};
 use super::extract::{Keep, Unpacked, unpack};
 use super::guest::{Access, Guest};
 use super::meta::Meta;
-use super::name::{base, guest_path, join, shown};
+use super::name::{base, guest_path, join, parent, shown};
 use super::output::print_json;
 use super::pack::{Owner, Packed, open_regular, pack};
 use crate::exit::{Exit, Failure};
@@ -150,6 +150,10 @@ impl Unpacked {
     }
 }
 
+/// File systems that have no owners and permissions, or none unless they are mounted so (ntfs-3g(8), "permissions"); in
+/// blkid's words. What is asked of them is refused (FAT) or silently not done (NTFS).
+const WITHOUT_OWNERS: [&str; 3] = ["vfat", "exfat", "ntfs"];
+
 pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
     let Some((target, sources)) = args.paths.split_last() else {
         return Err(Failure::usage("put takes at least one file of the host and a path in the image"));
@@ -179,6 +183,7 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
         )));
     }
     let mut done = Packed::default();
+    let mut not_kept = None;
     for (source, meta) in sources.iter().zip(&metas) {
         let source = Path::new(source);
         let to = match (into_folder, meta) {
@@ -188,10 +193,25 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
             (true, Some(_)) => join(&target, source_name(source)?.as_bytes()),
             (false, _) => target.clone(),
         };
+        let folder = guest.lstat_if_there(&to)?.is_some_and(|meta| meta.is(FileType::Folder));
+        let filesystem = guest.filesystem_at(if folder { &to } else { parent(&to) })?;
+        let owners = !WITHOUT_OWNERS.contains(&filesystem.as_str());
+        if !owners && (args.owner.is_some() || args.mode.is_some()) {
+            return Err(Failure::failed(format!(
+                "{}: {filesystem} keeps no owners and modes: leave out --owner and --mode",
+                shown(&to)
+            )));
+        }
         match meta {
             Some(meta) if meta.is_dir() => done.add(&put_tree(&mut guest, source, &to, args)?),
-            _ => done.add(&put_file(&mut guest, source, meta.as_ref(), &to, args)?),
+            _ => done.add(&put_file(&mut guest, source, meta.as_ref(), &to, args, owners)?),
         }
+        if !owners {
+            not_kept = Some(filesystem);
+        }
+    }
+    if let Some(filesystem) = &not_kept {
+        guest.remark(&format!("{filesystem} keeps no owners and modes: they are lost"));
     }
     guest.finish()?;
     if done.left_out > 0 && !args.guest.image.quiet {
@@ -204,6 +224,7 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
             "links": done.links,
             "bytes": done.bytes,
             "left-out": done.left_out,
+            "owners-kept": not_kept.is_none(),
         }));
     }
     Ok(Exit::Done)
@@ -225,6 +246,7 @@ fn put_file(
     meta: Option<&fs::Metadata>,
     to: &[u8],
     args: &PutArgs,
+    owners: bool,
 ) -> Result<Packed, Failure> {
     let failed = |error: io::Error| host_failure(source, &error);
     let mut input: Box<dyn Read> = match meta {
@@ -239,13 +261,15 @@ fn put_file(
     guest.upload(&mut counted, to)?;
     let bytes = counted.bytes;
     let mode = args.mode.or(meta.map(|meta| meta.mode() & 0o7777)).unwrap_or(0o644);
-    let (user, group) = match (args.owner, meta) {
+    let (user, group) = match (args.owner.unwrap_or_default(), meta) {
         (Owner::Ids { user, group }, _) => (user, group),
         (owner, Some(meta)) => owner.of(meta),
         (Owner::Kept, None) => (0, 0),
     };
-    guest.chown(to, user, group)?;
-    guest.chmod(to, mode)?;
+    if owners {
+        guest.chown(to, user, group)?;
+        guest.chmod(to, mode)?;
+    }
     if let Some(meta) = meta {
         guest.set_modified(to, meta.mtime(), meta.mtime_nsec())?;
     }
@@ -270,7 +294,7 @@ fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Resu
         guest.call(Command::new("mkdir").arg(to))?;
     }
     let (mut reader, writer) = pipe()?;
-    let (owner, mode) = (args.owner, args.mode);
+    let (owner, mode) = (args.owner.unwrap_or_default(), args.mode);
     let command = Command::new("tar-in").input().arg(to);
     thread::scope(|scope| {
         let packing = scope
@@ -305,6 +329,12 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
             "--json and an archive on standard output (-) exclude each other: both want it",
         ));
     }
+    // The appliance's tar reads the patterns from a file with a line for each.
+    if args.exclude.iter().any(|glob| glob.as_bytes().contains(&b'\n')) {
+        return Err(Failure::usage(
+            "--exclude: a pattern with a line feed is not supported; `?` stands for one",
+        ));
+    }
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     let folder = guest_path(&args.folder);
     let mut command = Command::new("tar-out").arg(&folder).output().opt("numericowner", "true");
@@ -315,6 +345,9 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         for key in ["xattrs", "selinux", "acls"] {
             command = command.opt(key, "true");
         }
+    }
+    if !args.exclude.is_empty() {
+        command = command.opt_list("excludes", args.exclude.iter().map(|glob| glob.as_bytes()));
     }
     let bytes = if to_stdout {
         let mut out = CountedWriter { inner: io::stdout(), bytes: 0 };

@@ -389,6 +389,27 @@ impl Guest {
         self.call(command).map(drop)
     }
 
+    /// The file system that the folder `path` is on, in blkid's words; empty where it is not known.
+    pub(crate) fn filesystem_at(&mut self, path: &[u8]) -> Result<String, Failure> {
+        let mut real = self.call(Command::new("realpath").arg(path))?;
+        if real.last() == Some(&b'\n') {
+            real.pop();
+        }
+        let below = |folder: &str| {
+            let rest = real.strip_prefix(folder.trim_end_matches('/').as_bytes());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        };
+        let mounts = texts(&self.call(Command::new("mountpoints"))?);
+        let mounts = mounts.iter().filter_map(|line| line.rsplit_once(": "));
+        let Some((device, _)) =
+            mounts.filter(|(_, folder)| below(folder)).max_by_key(|(_, folder)| folder.len())
+        else {
+            return Ok(String::new());
+        };
+        let found = self.try_call(Command::new("vfs-type").arg(device))?.unwrap_or_default();
+        Ok(String::from_utf8_lossy(&found).trim_end().to_owned())
+    }
+
     /// Sends a command with streams.
     pub(crate) fn send(
         &mut self,

@@ -83,6 +83,12 @@ pub(crate) fn base(path: &[u8]) -> &[u8] {
     parts(path).next_back().unwrap_or_default()
 }
 
+/// The folder that a path as [`guest_path`] makes them is in; of `/`, itself.
+pub(crate) fn parent(path: &[u8]) -> &[u8] {
+    let slash = path.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
+    path.get(..slash.max(1)).unwrap_or(path)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -112,6 +118,7 @@ mod tests {
             assert_eq!(guest_path(OsStr::new(typed)), want.as_bytes(), "{typed}");
         }
         assert_eq!((base(b"/a/b"), base(b"/")), (&b"b"[..], &b""[..]));
+        assert_eq!((parent(b"/a/b"), parent(b"/a"), parent(b"/")), (&b"/a"[..], &b"/"[..], &b"/"[..]));
         assert_eq!((join(b"/", b"a"), join(b"/a", b"b")), (b"/a".to_vec(), b"/a/b".to_vec()));
     }
 }

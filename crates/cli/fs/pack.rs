@@ -18,6 +18,12 @@ pub(crate) enum Owner {
     Ids { user: u32, group: u32 },
 }
 
+impl Default for Owner {
+    fn default() -> Self {
+        Self::Ids { user: 0, group: 0 }
+    }
+}
+
 impl Owner {
     pub(crate) fn of(self, meta: &Metadata) -> (u32, u32) {
         match self {

@@ -76,6 +76,13 @@ impl Command {
         self.arg(arg)
     }
 
+    /// Adds an optional argument that is a list of strings, such as the patterns that `tar-out` leaves out.
+    #[must_use]
+    pub fn opt_list<S: AsRef<[u8]>>(self, key: &str, items: impl IntoIterator<Item = S>) -> Self {
+        let list = quote_list(items);
+        self.opt(key, list)
+    }
+
     /// Adds the file that the command reads on the host: the stream given to [`Session::send`](crate::Session::send).
     #[must_use]
     pub fn input(mut self) -> Self {
