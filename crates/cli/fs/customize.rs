@@ -106,7 +106,7 @@ pub(crate) struct CustomizeArgs {
 }
 
 pub(crate) fn customize(args: &CustomizeArgs) -> Result<Exit, Failure> {
-    let mut tool = image_tool("virt-customize", &args.image, &args.file)?;
+    let (mut tool, _drive) = image_tool("virt-customize", &args.image, &args.file)?;
     let network = args.network || args.update || !args.install.is_empty();
     tool.arg(if network { "--network" } else { "--no-network" });
     if let Some(name) = &args.hostname {
@@ -180,7 +180,7 @@ pub(crate) struct SysprepArgs {
 }
 
 pub(crate) fn sysprep(args: &SysprepArgs) -> Result<Exit, Failure> {
-    let mut tool = image_tool("virt-sysprep", &args.image, &args.file)?;
+    let (mut tool, _drive) = image_tool("virt-sysprep", &args.image, &args.file)?;
     if let Some(operations) = &args.operations {
         tool.arg("--operations").arg(operations);
     }
@@ -188,20 +188,20 @@ pub(crate) fn sysprep(args: &SysprepArgs) -> Result<Exit, Failure> {
 }
 
 /// The tool on an image that may be written. Its QEMU takes the image's lock.
-fn image_tool(name: &'static str, args: &ImageArgs, file: &Path) -> Result<Tool, Failure> {
+fn image_tool(name: &'static str, args: &ImageArgs, file: &Path) -> Result<(Tool, Drive), Failure> {
     if args.keep {
         return Err(Failure::usage(format!(
             "--keep is not supported by {name}: it has an appliance of its own"
         )));
     }
-    // Only to check the image: the tool opens it.
+    // Checked and locked by us; the tool opens it.
     let drive = Drive::open(args, file, Access::Write, false)?;
     let mut tool = Tool::new(name, &args.settings)?;
     tool.args(drive.tool_arguments()).keys(&args.key)?;
     if args.quiet || args.json {
         tool.arg("--quiet");
     }
-    Ok(tool)
+    Ok((tool, drive))
 }
 
 fn finish(mut tool: Tool, args: &ImageArgs, file: &Path) -> Result<Exit, Failure> {

@@ -12,7 +12,7 @@ use std::process::{ChildStdin, Command as Process, Stdio};
 
 use clap::Args;
 use diskmill::qcow2::CryptMethod;
-use diskmill::{Format, FormatInfo, Image};
+use diskmill::{Custody, Format, FormatInfo, Image};
 use diskmill_guestfs::Disk;
 use diskmill_nbd::{Address, ImageExport, Running, Settings};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -38,8 +38,8 @@ pub(crate) struct Drive {
 }
 
 enum Server {
-    /// QEMU opens the file.
-    None,
+    /// QEMU opens the file, which is ours until the drive is dropped.
+    None { _custody: Custody },
     /// Ends, with its folder, when the drive is dropped.
     Here { _running: Running, _folder: tempfile::TempDir },
     /// Another process, which ends when we do, unless it is told whom to wait for.
@@ -60,7 +60,7 @@ impl Drive {
             eprintln!("diskmill: warning: {warning}");
         }
         match access {
-            Access::Write => Self::direct(&image, file),
+            Access::Write => Self::direct(image, file),
             Access::Read | Access::Discard if outlives => Self::by_companion(args, file),
             Access::Read | Access::Discard => Self::by_server(image),
         }
@@ -73,10 +73,10 @@ impl Drive {
 
     /// The same for a file that is written by a tool, in this format.
     pub(crate) fn for_writing(open: &OpenArgs, format: Option<Format>, file: &Path) -> Result<Self, Failure> {
-        Self::direct(&Image::open(file, &open.options(format))?, file)
+        Self::direct(Image::open(file, &open.options(format))?, file)
     }
 
-    fn direct(image: &Image, file: &Path) -> Result<Self, Failure> {
+    fn direct(image: Image, file: &Path) -> Result<Self, Failure> {
         let info = image.info();
         let refused = match (&info.specific, info.format) {
             (FormatInfo::Qcow2(qcow2), _) if qcow2.area.header.crypt != CryptMethod::None => {
@@ -90,9 +90,12 @@ impl Drive {
                 "writing to {refused} images is not supported: they are only read; convert {file:?} to qcow2 or raw first"
             )));
         }
-        let disk = Disk::file(file, info.format.name()).writable();
-        let address = file.as_os_str().to_owned();
-        Ok(Self { disk, format: info.format.name(), address, server: Server::None })
+        let format = info.format.name();
+        // Reading it ourselves, we would be in the way.
+        drop(image);
+        let server = Server::None { _custody: Custody::take(file)? };
+        let disk = Disk::file(file, format).writable();
+        Ok(Self { disk, format, address: file.as_os_str().to_owned(), server })
     }
 
     fn by_server(image: Image) -> Result<Self, Failure> {

@@ -22,6 +22,7 @@ pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod create;
+mod custody;
 pub mod edit;
 mod encrypted;
 mod error;
@@ -38,6 +39,7 @@ mod size;
 mod tables;
 pub mod vmdk;
 
+pub use custody::Custody;
 pub use diskmill_codec::engines as codec_engines;
 pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};

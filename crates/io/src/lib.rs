@@ -30,7 +30,7 @@ pub use buf::{BUF_ALIGN, Buf};
 pub use engine::{EngineChoice, EnginePlan, SyncEngine, UringEngine};
 pub use faulty::{CrashStates, FaultyStorage, Moment};
 pub use file::{FileStorage, OpenHow, same_filesystem};
-pub use lock::{ImageLock, LockError, LockMode};
+pub use lock::{CustodyLock, ImageLock, LockError, LockMode};
 pub use memory::MemoryStorage;
 pub use pipe::{PipeReader, PipeWriter};
 pub use publish::{PendingFile, unlink_all_pending};

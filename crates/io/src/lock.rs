@@ -17,6 +17,9 @@ const USED: u16 = 100;
 /// Where the bytes for permissions that are not shared begin.
 const UNSHARED: u16 = 200;
 
+/// The byte of [`CustodyLock`], below all of QEMU's.
+const CUSTODY: u16 = 99;
+
 /// QEMU's block permissions by bit, in its words.
 const NAMES: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
 const CONSISTENT_READ: u8 = 1 << 0;
@@ -175,6 +178,50 @@ impl Drop for ImageLock {
                 // Closing the file would release it anyway.
                 let _ = set(fd, byte, libc::F_UNLCK);
             }
+        }
+    }
+}
+
+/// An exclusive lock beside QEMU's, released on drop: for programs of ours that let QEMU write to an image.
+///
+/// While QEMU writes it holds its own locks, with which an [`ImageLock`] of ours would conflict. This one is on a byte that
+/// QEMU does not look at, and keeps other programs of ours away from before QEMU starts until all is done.
+#[derive(Debug)]
+pub struct CustodyLock {
+    storage: SharedStorage,
+    held: bool,
+}
+
+impl CustodyLock {
+    /// Takes the lock. Storages without a descriptor, and file systems without such locks, are not locked.
+    ///
+    /// # Errors
+    /// [`LockError::Conflict`] if another program of ours has it; [`LockError::Io`] for what else the system says (EBADF
+    /// if the storage is open for reading only).
+    pub fn acquire(storage: &SharedStorage) -> Result<Self, LockError> {
+        let mut lock = Self { storage: SharedStorage::clone(storage), held: false };
+        let Some(fd) = storage.fd() else { return Ok(lock) };
+        match set(fd, CUSTODY, libc::F_WRLCK) {
+            Ok(()) => lock.held = true,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP)) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                return Err(LockError::Conflict {
+                    mode: LockMode::Writer,
+                    permission: "write",
+                    in_use: true,
+                });
+            }
+            Err(e) => return Err(LockError::Io(e)),
+        }
+        Ok(lock)
+    }
+}
+
+impl Drop for CustodyLock {
+    fn drop(&mut self) {
+        if let (true, Some(fd)) = (self.held, self.storage.fd()) {
+            // Closing the file would release it anyway.
+            let _ = set(fd, CUSTODY, libc::F_UNLCK);
         }
     }
 }
