@@ -46,6 +46,10 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Look for damage in an image, and repair it
     Check(CheckArgs),
+    /// Make a disk longer or shorter
+    Resize(crate::resize::ResizeArgs),
+    /// Take, apply, list and delete internal snapshots
+    Snapshot(crate::snapshot::SnapshotArgs),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Box<FsArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them

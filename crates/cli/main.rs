@@ -17,10 +17,12 @@ mod names;
 mod options;
 mod progress;
 mod qemu_img;
+mod resize;
 mod secrets;
 mod serve;
 mod signals;
 mod size;
+mod snapshot;
 mod snapshots;
 mod verify;
 
@@ -48,6 +50,8 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Resize(args) => resize::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {
         if let Some(message) = &failure.message {

@@ -65,6 +65,23 @@ impl Pair {
         let [theirs, ours] = self.path(name);
         self.oracle.identical((format, theirs), (format, ours));
     }
+
+    /// Both left an internal snapshot with the same guest content.
+    pub(crate) fn same_snapshot(&self, name: &str, snapshot: &str) {
+        let [theirs, ours] = self.path(name).map(|path| {
+            let raw = path.with_extension("snapshot");
+            let cmd = self.oracle.img(["convert", "-l", snapshot, "-f", "qcow2", "-O", "raw"]);
+            cmd.arg(&path).arg(&raw).ok();
+            std::fs::read(raw).unwrap()
+        });
+        assert!(theirs == ours, "{name}, snapshot {snapshot}: {} and {} bytes", theirs.len(), ours.len());
+    }
+
+    /// Ours has neither damage nor leaks.
+    pub(crate) fn clean(&self, name: &str) {
+        let [_, ours] = self.path(name);
+        self.oracle.at(self.ours.path()).check_clean(ours);
+    }
 }
 
 /// How much of a file is allocated is the file system's affair, and a copy's may differ.

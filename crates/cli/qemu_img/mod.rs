@@ -20,7 +20,9 @@ mod messages;
 mod node;
 mod object;
 mod opts;
+mod resize;
 mod size;
+mod snapshot;
 mod syntax;
 mod target;
 
@@ -75,7 +77,7 @@ impl From<std::io::Error> for Fail {
 type Run = fn(Args) -> Outcome;
 
 /// The commands by name.
-const COMMANDS: [(&str, Run); 10] = [
+const COMMANDS: &[(&str, Run)] = &[
     ("amend", amend::run),
     ("bench", bench::run),
     ("check", check::run),
@@ -86,10 +88,12 @@ const COMMANDS: [(&str, Run); 10] = [
     ("info", info::run),
     ("map", map::run),
     ("measure", measure::run),
+    ("resize", resize::run),
+    ("snapshot", snapshot::run),
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: [&str; 5] = ["bitmap", "commit", "rebase", "resize", "snapshot"];
+const MISSING: &[&str] = &["bitmap", "commit", "rebase"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {
@@ -134,7 +138,10 @@ fn run(args: Vec<OsString>) -> Outcome {
         }
         return Err(Fail::usage(format!("Command not found: {}", name.to_string_lossy())));
     };
-    let args = getopt::parse(syntax::of(command), operands.collect())?;
+    let mut operands: Vec<OsString> = operands.collect();
+    let size = (*command == "resize").then(|| resize::take_size(&mut operands)).flatten();
+    let mut args = getopt::parse(syntax::of(command), operands)?;
+    args.operands.extend(size);
     if args.has("help") {
         return help::command(command);
     }

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use diskmill::{Allow, Error, Format, Image, OpenOptions, OpenPolicy, Secret, parse_size};
+use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret, parse_size};
 
 use super::getopt::Args;
 use super::object::Secrets;
@@ -84,6 +84,38 @@ impl Context {
         let node = self.node(given)?;
         let image = node.open(&node.options())?;
         Ok((node, image))
+    }
+
+    /// Opens the image that `given` names, for writing; `None` if its format cannot be written to in place.
+    pub(super) fn open_writable(&self, given: &OsStr) -> Outcome<Option<(Node, Image)>> {
+        let node = self.node(given)?;
+        if node.force_share {
+            let reason = "force-share=on can only be used with read-only images";
+            return Err(could_not_open(given, reason));
+        }
+        if node.zeros.is_some() || node.window.is_some() {
+            return Err(could_not_open(given, "writing to a part of a file is not supported"));
+        }
+        let options = OpenOptions { writable: true, ..node.options() };
+        let image = match Image::open(&node.path, &options) {
+            Err(error) if error.kind() == Kind::Unsupported => {
+                let found = node.open(&OpenOptions { metadata_only: true, ..node.options() })?;
+                match found.info().format {
+                    Format::Vmdk | Format::Ova => return Ok(None),
+                    _ => return Err(node.cannot_open(&error)),
+                }
+            }
+            opened => opened.map_err(|error| node.cannot_open(&error))?,
+        };
+        if node.format.is_none() && image.info().format == Format::Raw {
+            eprintln!(
+                "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
+                 Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
+                 restricted.\n         Specify the 'raw' format explicitly to remove the restrictions.",
+                node.path.display()
+            );
+        }
+        Ok(Some((node, image)))
     }
 }
 

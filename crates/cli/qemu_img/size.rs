@@ -35,7 +35,7 @@ pub(super) fn number(what: &str, text: &str, least: u64, most: u64) -> Outcome<u
 }
 
 /// Whether `text` is a number as sizes are written, but a negative or too large one.
-fn is_out_of_range(text: &str) -> bool {
+pub(super) fn is_out_of_range(text: &str) -> bool {
     let text = text.trim_start();
     let (negative, digits) = text.strip_prefix('-').map_or((false, text), |digits| (true, digits));
     let number =

@@ -85,6 +85,11 @@ impl ModelDisk {
         Self { bytes, cluster, discards: !v2 }
     }
 
+    /// Makes the disk `size` bytes long: a longer one has zeros at its end.
+    pub fn resize(&mut self, size: u64) {
+        self.bytes.resize(index(size), 0);
+    }
+
     /// The content.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes

@@ -1,10 +1,12 @@
 //! A file that is being written to.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use diskmill_io::SharedStorage;
 
+use super::Preallocation;
 use crate::error::{Error, Kind, Result};
 
 /// A file of an image that is open for writing: it knows its length, and whether there are writes that no barrier has
@@ -79,6 +81,35 @@ impl Disk {
         done.map_err(|error| Error::io(format!("cannot change the length to {len} bytes"), error))?;
         self.len.store(len, Ordering::Release);
         Ok(())
+    }
+
+    /// Reserves blocks for a range that reads as zeros, or fills it with zeros, as `how` says.
+    pub(crate) fn preallocate(&self, range: Range<u64>, how: Preallocation) -> Result<()> {
+        /// Zeros that are written at once.
+        const ZEROS: u64 = 1 << 20;
+        let len = range.end.saturating_sub(range.start);
+        match how {
+            Preallocation::Off | Preallocation::Metadata => Ok(()),
+            Preallocation::Falloc if len == 0 => Ok(()),
+            Preallocation::Falloc => {
+                self.check()?;
+                let done = self.storage.allocate(range.start, len);
+                self.unsynced.store(true, Ordering::Release);
+                done.map_err(|error| cannot("reserve blocks", range.start, error))?;
+                self.len.fetch_max(range.end, Ordering::AcqRel);
+                Ok(())
+            }
+            Preallocation::Full => {
+                let zeros = vec![0; len.min(ZEROS) as usize];
+                let mut at = range.start;
+                while at < range.end {
+                    let part = zeros.get(..(range.end - at).min(ZEROS) as usize).unwrap_or(&zeros);
+                    self.write(part, at)?;
+                    at += part.len() as u64;
+                }
+                Ok(())
+            }
+        }
     }
 
     /// A barrier: what was written before is durable when it returns.

@@ -22,6 +22,7 @@ mod disk;
 mod qcow2;
 mod ranges;
 mod raw;
+mod resize;
 mod snapshot;
 
 use std::ops::Range;
@@ -30,9 +31,11 @@ use std::sync::Arc;
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;
 pub(crate) use raw::RawWriter;
+pub use resize::Preallocation;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
+use crate::layout::Layout;
 
 /// What becomes of the space under zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,6 +57,12 @@ pub(crate) trait Writer: Send + Sync {
     fn flush(&self) -> Result<()>;
     /// Flushes, and tidies up.
     fn close(&self) -> Result<()>;
+    /// Changes the size of the disk. Only for formats without a writer of their own for that.
+    fn resize(&self, _size: u64, _how: Preallocation) -> Result<()> {
+        Err(Error::unsupported("resizing this image"))
+    }
+    /// What the image shows now.
+    fn new_layout(&self) -> Result<Box<dyn Layout>>;
     /// The writer of a qcow2 image, for changes that only that format has.
     fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
         None
@@ -137,10 +146,10 @@ impl Image {
             return self.named(Err(Error::unsupported(format!("changing the {what} of a {format} image"))));
         };
         let result = change(&writer);
-        let layout = writer.layout();
+        let layout = writer.new_layout();
         let result = result.and_then(|value| layout.map(|layout| (value, layout)));
         let (value, layout) = self.named(result)?;
-        self.replace_top(Box::new(layout));
+        self.replace_top(layout);
         Ok(value)
     }
 

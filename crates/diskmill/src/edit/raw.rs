@@ -2,29 +2,32 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use diskmill_io::SharedStorage;
 
 use super::disk::Disk;
 use super::ranges::{RangeGuard, RangeLocks};
-use super::{Writer, ZeroHow};
-use crate::error::Result;
+use super::{Preallocation, Writer, ZeroHow};
+use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::layout::{FileId, Layout};
+use crate::raw::{FileRuns, RawLayout};
 
 /// An open raw image that can be written to: nothing ever moves.
 pub(crate) struct RawWriter {
     disk: Disk,
+    id: FileId,
     ranges: RangeLocks,
 }
 
 impl RawWriter {
-    pub(crate) fn open(file: SharedStorage) -> Result<Self> {
-        Ok(Self { disk: Disk::new(file)?, ranges: RangeLocks::default() })
+    pub(crate) fn open(file: SharedStorage, id: FileId) -> Result<Self> {
+        Ok(Self { disk: Disk::new(file)?, id, ranges: RangeLocks::default() })
     }
 
-    pub(crate) fn shared_len(&self) -> Arc<AtomicU64> {
-        self.disk.shared_len()
+    pub(crate) fn layout(&self) -> Result<RawLayout> {
+        let file = Arc::clone(self.disk.storage());
+        RawLayout::of(FileRuns::changing(file, self.id, self.disk.shared_len()))
     }
 }
 
@@ -47,6 +50,28 @@ impl Writer for RawWriter {
             return Ok(());
         }
         self.disk.zero(range.start, range.end - range.start, false)
+    }
+
+    fn resize(&self, size: u64, how: Preallocation) -> Result<()> {
+        if how == Preallocation::Metadata {
+            return Err(
+                Error::unsupported("preallocation=metadata of a raw image").hint("off, falloc or full")
+            );
+        }
+        let old = self.disk.len();
+        let grow = || {
+            // The system says at once if there is no room for it.
+            self.disk.set_len(size)?;
+            self.disk.preallocate(old.min(size)..size, how)
+        };
+        grow().inspect_err(|_| {
+            let _ = self.disk.set_len(old);
+        })?;
+        self.disk.sync()
+    }
+
+    fn new_layout(&self) -> Result<Box<dyn Layout>> {
+        Ok(Box::new(self.layout()?))
     }
 
     fn flush(&self) -> Result<()> {

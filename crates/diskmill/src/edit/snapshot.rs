@@ -43,7 +43,8 @@ impl Image {
             vm_clock_nsec: 0,
             vm_state_size: 0,
             disk_size: None,
-            icount: None,
+            // As `qemu-img snapshot` writes it.
+            icount: Some(0),
             extra: Vec::new(),
         };
         self.edit_qcow2("snapshots", |writer| writer.create_snapshot(&all, snapshot))?;
@@ -71,6 +72,12 @@ impl Image {
     /// As [`delete_snapshot`](Self::delete_snapshot).
     pub fn apply_snapshot(&mut self, wanted: &SnapshotRef) -> Result<()> {
         let all = self.snapshots().to_vec();
+        if matches!(&self.info().specific, FormatInfo::Qcow2(info) if info.area.extensions.bitmaps.is_some())
+        {
+            // They would tell of another disk.
+            return self
+                .named(Err(Error::unsupported("applying a snapshot to an image with persistent bitmaps")));
+        }
         let snapshot = self.named(find_snapshot(&all, wanted))?;
         self.edit_qcow2("snapshots", |writer| writer.apply_snapshot(snapshot))
     }

@@ -19,7 +19,7 @@ use crate::layout::{FileId, FormatInfo, Layout};
 use crate::policy::{Allow, EXTENT};
 use crate::probe::{Format, PROBE_BYTES};
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout, lossy};
-use crate::raw::{FileRuns, RawLayout};
+use crate::raw::RawLayout;
 use crate::reader::read_full;
 use crate::tables::TableCache;
 use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
@@ -191,10 +191,10 @@ impl<'a> Opener<'a> {
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
             Format::Raw if writable => {
-                let writer = RawWriter::open(Arc::clone(&storage))?;
-                let runs = FileRuns::changing(storage, id, writer.shared_len());
+                let writer = RawWriter::open(storage, id)?;
+                let layout = writer.layout()?;
                 self.image.writer = Some(Box::new(writer));
-                (Box::new(RawLayout::of(runs)?), None)
+                (Box::new(layout), None)
             }
             Format::Raw => (Box::new(RawLayout::new(storage, id)?), None),
             Format::Qcow2 => self.qcow2(storage, id, &path, snapshot, root)?,

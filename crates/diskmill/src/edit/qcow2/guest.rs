@@ -288,7 +288,7 @@ impl Entry {
 
 impl Meta {
     /// Whether the L1 table has no L2 table for `guest`.
-    fn has_no_table(&mut self, guest: u64) -> Result<bool> {
+    pub(super) fn has_no_table(&mut self, guest: u64) -> Result<bool> {
         Ok(self.l1_entry(self.active(), self.geometry.l1_index(guest))?.is_none())
     }
 
@@ -442,7 +442,13 @@ impl Meta {
 
     /// What `write_zeroes` makes of the cluster at `guest`, for `part` of it, which begins and ends at subclusters.
     /// QEMU's `zero_in_l2_slice` does the same.
-    fn zeroed_entry(&mut self, guest: u64, part: Range<u64>, how: ZeroHow, backed: bool) -> Result<Change> {
+    pub(super) fn zeroed_entry(
+        &mut self,
+        guest: u64,
+        part: Range<u64>,
+        how: ZeroHow,
+        backed: bool,
+    ) -> Result<Change> {
         let old = self.entry(guest)?;
         let whole = self.touched(guest, &part) == u32::MAX;
         let unmap = how == ZeroHow::MayUnmap;

@@ -53,6 +53,8 @@ pub(crate) struct Meta {
     pub(super) virgin: u64,
     /// The file was grown beyond what is used.
     pub(super) grown: bool,
+    /// Clusters that become free are punched out of the file.
+    pub(super) punch: bool,
     /// A change of several tables that the header makes visible all at once.
     pub(super) switch: Option<Switch>,
 }
@@ -93,6 +95,7 @@ impl Meta {
             hint: 0,
             virgin,
             grown: false,
+            punch: false,
             switch: None,
             disk,
             data,
@@ -356,6 +359,21 @@ impl Meta {
         self.grown = true;
         let roomy = need.next_multiple_of(STEP);
         self.disk.set_len(roomy).or_else(|_| self.disk.set_len(need))
+    }
+
+    /// Cuts off the file what nobody uses at its end. The refcounts in the file are up to date.
+    pub(super) fn cut(&mut self) -> Result<()> {
+        if self.disk.storage().is_block_device() {
+            return Ok(());
+        }
+        self.drop_last_blocks()?;
+        let end = self.used_end(0)?;
+        if end << self.geometry.cluster_bits() < self.disk.len() {
+            self.disk.set_len(end << self.geometry.cluster_bits())?;
+            self.virgin = end;
+            self.grown = false;
+        }
+        self.sync()
     }
 
     pub(super) fn corrupt(&self, structure: impl Into<String>, at: HostOffset, why: &str) -> Error {

@@ -4,6 +4,7 @@ mod cache;
 mod guest;
 mod meta;
 mod refcounts;
+mod resize;
 mod snapshots;
 mod tables;
 
@@ -19,7 +20,7 @@ use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::FileId;
+use crate::layout::{FileId, Layout};
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
 use meta::Meta;
@@ -37,7 +38,9 @@ pub(crate) struct Qcow2Writer {
     meta: Mutex<Meta>,
     /// Unallocated clusters show a backing file.
     backed: bool,
-    /// The external data file must be a valid raw image by itself.
+    /// Guest clusters are in an external data file.
+    external: bool,
+    /// That must be a valid raw image by itself.
     raw_data: bool,
     /// The image file, and the external data file.
     ids: (FileId, Option<FileId>),
@@ -65,6 +68,7 @@ impl Qcow2Writer {
         let mut meta = Meta::open(Arc::clone(&disk), data.clone(), area, limits.clone())?;
         meta.clear_unknown_features()?;
         Ok(Self {
+            external: data.is_some(),
             data: data.unwrap_or_else(|| Arc::clone(&disk)),
             disk,
             ranges: RangeLocks::default(),
@@ -149,6 +153,10 @@ impl Writer for Arc<Qcow2Writer> {
 
     fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
         Some(self)
+    }
+
+    fn new_layout(&self) -> Result<Box<dyn Layout>> {
+        Ok(Box::new(self.layout()?))
     }
 
     fn flush(&self) -> Result<()> {

@@ -1,5 +1,7 @@
 //! Allocating clusters and counting references to them.
 
+use std::ops::Range;
+
 use diskmill_format::HostOffset;
 
 use super::cache::Class;
@@ -109,16 +111,32 @@ impl Meta {
 
     /// Gives up what [`lower`](Self::lower) held back. The entries that held these references are gone from the file.
     pub(super) fn apply_lowers(&mut self) -> Result<()> {
+        let mut freed: Option<Range<u64>> = None;
         while let Some((&cluster, &by)) = self.lowers.first_key_value() {
             let count = self.count(cluster)?.saturating_sub(by);
             self.set_count(cluster, count)?;
             if count == 0 {
                 self.forget(cluster);
                 self.hint = self.hint.min(cluster);
+                match &mut freed {
+                    Some(run) if run.end == cluster => run.end += 1,
+                    _ => self.punch_out(freed.replace(cluster..cluster + 1)),
+                }
             }
             self.lowers.remove(&cluster);
         }
+        self.punch_out(freed);
         Ok(())
+    }
+
+    /// Gives the space of free clusters back to the file system, if that is wanted.
+    fn punch_out(&self, clusters: Option<Range<u64>>) {
+        let Some(Range { start, end }) = clusters.filter(|_| self.punch) else { return };
+        let bits = self.geometry.cluster_bits();
+        if !self.disk.storage().is_block_device() {
+            // Only space is lost if this fails.
+            let _ = self.disk.zero(start << bits, (end - start) << bits, false);
+        }
     }
 
     /// Takes up to `most` free clusters that follow each other, with refcount 1. The file reaches to their end.
@@ -245,28 +263,67 @@ impl Meta {
 
     /// From here on clusters are taken from behind all that the file has.
     pub(super) fn begin_behind_all(&mut self, relocate: bool) -> Result<()> {
-        let mut base = match self.disk.storage().is_block_device() {
+        let base = match self.disk.storage().is_block_device() {
             true => 0,
             false => self.disk.len().div_ceil(self.cluster_size()).min(self.virgin),
         };
         // Clusters that are counted and that the file does not reach, and on a device all of them.
-        for index in (0..self.blocks.len()).rev() {
-            let first = index as u64 * self.per_block();
-            let end = first + self.per_block();
-            if end <= base || self.blocks.get(index).is_none_or(|&block| block == 0) {
-                continue;
-            }
-            let mut last = end;
-            while last > first.max(base) && self.count(last - 1)? == 0 {
-                last -= 1;
-            }
-            if last > first.max(base) {
-                base = last;
-                break;
-            }
-        }
+        let base = self.used_end(base)?;
         self.switch = Some(Switch { base, next: base, relocate });
         Ok(())
+    }
+
+    /// Where the last cluster ends that has a refcount, or `least` if none has from there on.
+    pub(super) fn used_end(&mut self, least: u64) -> Result<u64> {
+        for index in (0..self.blocks.len()).rev() {
+            let first = (index as u64 * self.per_block()).max(least);
+            let mut end = (index as u64 + 1) * self.per_block();
+            if self.blocks.get(index).is_none_or(|&block| block == 0) {
+                continue;
+            }
+            while end > first && self.count(end - 1)? == 0 {
+                end -= 1;
+            }
+            if end > first {
+                return Ok(end);
+            }
+        }
+        Ok(least)
+    }
+
+    /// Gives up the refcount blocks at the end of the table that count nothing but themselves.
+    pub(super) fn drop_last_blocks(&mut self) -> Result<()> {
+        let bits = self.geometry.cluster_bits();
+        while let Some((&host, before)) = self.blocks.split_last().filter(|(_, before)| !before.is_empty()) {
+            let index = before.len();
+            let first = index as u64 * self.per_block();
+            let own = host >> bits;
+            let counted = self.whole(host, Class::Refcounts)?;
+            let inside = (first..first + self.per_block()).contains(&own);
+            let zeros = match inside {
+                true => {
+                    let mut bytes = counted;
+                    self.width.set(&mut bytes, (own - first) as usize, 0)
+                        && bytes.iter().all(|&byte| byte == 0)
+                }
+                false => counted.iter().all(|&byte| byte == 0),
+            };
+            if host != 0 && !zeros {
+                return Ok(());
+            }
+            self.blocks.truncate(index);
+            if host == 0 {
+                continue;
+            }
+            self.disk.write(&[0; 8], self.area.header.refcount_table_offset.get() + index as u64 * 8)?;
+            self.disk.sync()?;
+            self.forget(own);
+            if !inside {
+                self.set_count(own, 0)?;
+            }
+        }
+        self.hint = 0;
+        self.cache.write(&self.disk, |_, _| true)
     }
 
     /// The next clusters behind all others, not counted yet.

@@ -55,7 +55,7 @@ impl Qcow2Writer {
             meta.change_references(l1, -1)?;
             meta.free_l1(l1)?;
             let active = meta.active();
-            let new = meta.copy_l1(active)?;
+            let new = meta.copy_l1(active, active.entries)?;
             meta.free_l1(active)?;
             meta.set_active(new);
             meta.correct_copied(new)?;
@@ -83,7 +83,7 @@ impl Qcow2Writer {
             meta.change_references(l1, 1)?;
             let active = meta.active();
             meta.change_references(active, -1)?;
-            let new = meta.copy_l1(l1)?;
+            let new = meta.copy_l1(l1, l1.entries)?;
             meta.free_l1(active)?;
             meta.set_active(new);
             meta.correct_copied(new)?;
@@ -120,7 +120,7 @@ impl Meta {
         self.area.header.l1_size = l1.entries;
     }
 
-    fn l1_clusters(&self, l1: L1) -> std::ops::Range<u64> {
+    pub(super) fn l1_clusters(&self, l1: L1) -> std::ops::Range<u64> {
         let first = l1.offset >> self.geometry.cluster_bits();
         first..first + (u64::from(l1.entries) * 8).div_ceil(self.cluster_size())
     }
@@ -141,9 +141,10 @@ impl Meta {
         Ok(L1 { offset, entries })
     }
 
-    /// A copy of `l1` behind all that the file has. The references of its entries are not counted by this.
-    pub(super) fn copy_l1(&mut self, l1: L1) -> Result<L1> {
-        let new = self.take_l1(l1.entries)?;
+    /// A copy of `l1` behind all that the file has, with at least as many `entries`. The references of its entries are
+    /// not counted by this.
+    pub(super) fn copy_l1(&mut self, l1: L1, entries: u32) -> Result<L1> {
+        let new = self.take_l1(entries)?;
         for index in 0..u64::from(l1.entries) {
             if let Some(table) = self.l1_entry(l1, index)? {
                 self.set_l1_entry(new, index, Some(table))?;

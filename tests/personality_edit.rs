@@ -1,0 +1,162 @@
+//! The commands that change images, under qemu-img's name, against qemu-img: the same command line on equal copies.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+#[path = "support/pair.rs"]
+mod pair;
+
+use diskmill_testkit::Oracle;
+use pair::Pair;
+
+fn io(oracle: &Oracle, image: &str, commands: &[&str]) {
+    let args = commands.iter().flat_map(|command| ["-c", command]);
+    oracle.io(["-f", "qcow2"]).args(args).arg(image).ok();
+}
+
+fn images(oracle: &Oracle) {
+    oracle.create("base.qcow2", "", 4 << 20);
+    io(oracle, "base.qcow2", &["write -P 1 0 4M"]);
+    oracle.create("a.qcow2", "", 4 << 20);
+    io(oracle, "a.qcow2", &["write -P 1 0 1M", "write -P 2 3M 1M"]);
+    oracle.create("v2.qcow2", "compat=0.10", 4 << 20);
+    oracle.img(["snapshot", "-c", "old", "v2.qcow2"]).ok();
+    oracle.create_over("over.qcow2", "", 1_000_448, ("base.qcow2", "qcow2"));
+    oracle.create("tiny.qcow2", "cluster_size=512,refcount_bits=1", 100 << 10);
+    io(oracle, "tiny.qcow2", &["write -P 3 50k 10k"]);
+    oracle.create("narrow.qcow2", "refcount_bits=1", 1 << 20);
+    io(oracle, "narrow.qcow2", &["write -P 3 0 1M"]);
+    oracle.create("data.qcow2", "data_file=data.raw", 1 << 20);
+    oracle.create("snap.qcow2", "", 4 << 20);
+    io(oracle, "snap.qcow2", &["write -P 1 0 1M", "write -P 2 3M 1M"]);
+    oracle.img(["snapshot", "-c", "first", "snap.qcow2"]).ok();
+    io(oracle, "snap.qcow2", &["write -P 4 512k 3M"]);
+    oracle.img(["snapshot", "-c", "second", "snap.qcow2"]).ok();
+    oracle.img(["snapshot", "-c", "first", "snap.qcow2"]).ok();
+    io(oracle, "snap.qcow2", &["write -P 5 0 64k"]);
+    oracle.img(["create", "-q", "-f", "vmdk", "v.vmdk", "1M"]).ok();
+    oracle.img(["create", "-q", "-f", "raw", "r.raw", "1M"]).ok();
+}
+
+#[test]
+fn resize() {
+    let Some(pair) = Pair::new(images) else { return };
+    for line in [
+        "resize a.qcow2 8M",
+        "resize a.qcow2 +1M",
+        "resize -q a.qcow2 +1M",
+        "resize a.qcow2 4M",
+        "resize --shrink a.qcow2 4M",
+        "resize a.qcow2 4M",
+        "resize a.qcow2 -- -1M",
+        "resize --shrink a.qcow2 -1M",
+        "resize --shrink a.qcow2 -99M",
+        "resize a.qcow2 -q 30M",
+        "resize a.qcow2 0",
+        "resize a.qcow2 8E",
+        "resize a.qcow2 9E",
+        "resize a.qcow2 7E",
+        "resize a.qcow2 x",
+        "resize a.qcow2 +x",
+        "resize a.qcow2 33M --preallocation=metadata",
+        "resize --preallocation=metadata a.qcow2 33M",
+        "resize --preallocation=falloc a.qcow2 +1M",
+        "resize --preallocation=full a.qcow2 +1M",
+        "resize --preallocation=full --shrink a.qcow2 1M",
+        "resize --preallocation=foo a.qcow2 99M",
+        "resize a.qcow2 50000000",
+        "resize --image-opts driver=qcow2,file.filename=a.qcow2 100M",
+        "resize --image-opts -f raw a.qcow2 100M",
+        "resize -f raw r.raw 2M",
+        "resize r.raw 3M",
+        "resize -f raw r.raw 1000",
+        "resize -f raw --shrink r.raw 1000",
+        "resize -f raw r.raw +1k",
+        "resize --preallocation=metadata -f raw r.raw 3M",
+        "resize --preallocation=falloc -f raw r.raw 3M",
+        "resize --preallocation=full -f raw r.raw 4M",
+        "resize v.vmdk 2M",
+        "resize v2.qcow2 8M",
+        "resize nope 1M",
+        "resize over.qcow2 4M",
+        "resize --shrink over.qcow2 1M",
+        "resize --preallocation=metadata over.qcow2 3M",
+        "resize tiny.qcow2 10M",
+        "resize tiny.qcow2 200G",
+        "resize --shrink tiny.qcow2 60k",
+        "resize data.qcow2 4M",
+        "resize --shrink data.qcow2 2M",
+        "resize --preallocation=metadata data.qcow2 3M",
+        "resize --shrink snap.qcow2 1M",
+        "resize snap.qcow2 5M",
+        "snapshot -a second snap.qcow2",
+    ] {
+        pair.same(line);
+    }
+    for line in ["resize", "resize a.qcow2"] {
+        pair.same_but_hint(line);
+    }
+    for image in ["a.qcow2", "over.qcow2", "tiny.qcow2", "data.qcow2", "snap.qcow2", "v2.qcow2"] {
+        pair.same_disk(image, "qcow2");
+        pair.clean(image);
+    }
+    for name in ["r.raw", "data.raw"] {
+        let [theirs, ours] = pair.path(name).map(|path| std::fs::read(path).unwrap());
+        assert!(theirs == ours, "{name}: {} and {} bytes", theirs.len(), ours.len());
+    }
+    for (image, snapshot) in [("snap.qcow2", "first"), ("snap.qcow2", "second"), ("v2.qcow2", "old")] {
+        pair.same_snapshot(image, snapshot);
+    }
+}
+
+#[test]
+fn snapshot() {
+    let Some(pair) = Pair::new(images) else { return };
+    for line in [
+        "snapshot -l snap.qcow2",
+        "snapshot snap.qcow2",
+        "snapshot -U -l snap.qcow2",
+        "snapshot -q -l a.qcow2",
+        "snapshot -d first snap.qcow2",
+        "snapshot -l snap.qcow2",
+        "snapshot -d 2 snap.qcow2",
+        "snapshot -d nope snap.qcow2",
+        "snapshot -a nope snap.qcow2",
+        "snapshot -a 2 snap.qcow2",
+        "snapshot -l snap.qcow2",
+        "snapshot -a first snap.qcow2",
+        "snapshot -f raw -c x r.raw",
+        "snapshot -f raw -l r.raw",
+        "snapshot -f raw -d x r.raw",
+        "snapshot -c x r.raw",
+        "snapshot -d x r.raw",
+        "snapshot -c x v.vmdk",
+        "snapshot -l v.vmdk",
+        "snapshot -d x v.vmdk",
+        "snapshot -c x data.qcow2",
+        "snapshot -d x data.qcow2",
+        "snapshot -a x data.qcow2",
+        "snapshot -l data.qcow2",
+        "snapshot -c x narrow.qcow2",
+        "snapshot -U -c x a.qcow2",
+        "snapshot -c x nope",
+        "snapshot -c x --image-opts driver=qcow2,file.filename=a.qcow2",
+        "snapshot -d x a.qcow2",
+        "snapshot -d old v2.qcow2",
+    ] {
+        pair.same(line);
+    }
+    for line in ["snapshot", "snapshot -l", "snapshot -l a.qcow2 b", "snapshot -l -c x a.qcow2"] {
+        pair.same_but_hint(line);
+    }
+    // Dates differ; all else of a new snapshot is the same.
+    pair.run("snapshot -c fresh snap.qcow2");
+    let [theirs, ours] = pair.run("info --output=json snap.qcow2").map(|(out, ..)| {
+        let (_, list) = out.split_once("\"snapshots\": [").unwrap();
+        list.lines().filter(|line| !line.contains("date-")).collect::<Vec<_>>().join("\n")
+    });
+    assert_eq!(theirs, ours);
+    for image in ["snap.qcow2", "a.qcow2", "v2.qcow2"] {
+        pair.same_disk(image, "qcow2");
+        pair.clean(image);
+    }
+    pair.same_snapshot("snap.qcow2", "second");
+}
