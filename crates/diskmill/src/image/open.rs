@@ -12,7 +12,7 @@ use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
-use crate::edit::{Qcow2Writer, RawWriter};
+use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
 use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
@@ -185,8 +185,11 @@ impl<'a> Opener<'a> {
         };
         let id = self.file_id(&storage, &path);
         let writable = self.writable();
-        if writable && (snapshot.is_some() || self.options.metadata_only || self.options.force_share) {
-            return Err(Error::invalid("a snapshot, or an image that is shared, cannot be written to"));
+        let part = self.options.metadata_only || self.options.no_backing;
+        if writable && (snapshot.is_some() || part || self.options.force_share) {
+            return Err(Error::invalid(
+                "a snapshot, a part, or an image that is shared, cannot be written to",
+            ));
         }
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
@@ -201,11 +204,17 @@ impl<'a> Opener<'a> {
             _ if snapshot.is_some() => {
                 return Err(Error::invalid(format!("{format} has no internal snapshots")));
             }
-            Format::Vmdk | Format::Ova if writable => {
-                return Err(Error::unsupported(format!("writing to {format} images")));
+            Format::Ova if writable => {
+                return Err(Error::unsupported("writing to a disk inside an archive"));
             }
             Format::Vmdk => {
-                let (layout, next) = self.vmdk(&storage, id, &path, root)?;
+                let (mut layout, next) = self.vmdk(&storage, id, &path, root)?;
+                if writable {
+                    let own = ExtentFile::new(storage, id, &path)?;
+                    let limits = &self.options.limits;
+                    let writer = VmdkWriter::open(&mut layout, &own, next.is_some(), limits)?;
+                    self.image.writer = Some(Box::new(writer));
+                }
                 (Box::new(layout), next)
             }
             Format::Ova => return self.ova(&storage, path, root),
@@ -257,7 +266,7 @@ impl<'a> Opener<'a> {
         };
         let backing_format = read.area.extensions.backing_format.as_deref().map(lossy);
         let next = match &read.area.backing_name {
-            Some(name) if !self.options.metadata_only => {
+            Some(name) if !self.options.metadata_only && !self.options.no_backing => {
                 let named = resolve(name, path, "backing file")?;
                 let format =
                     backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
@@ -332,7 +341,9 @@ impl Opener<'_> {
             Ok(file)
         };
         let (layout, parent) = crate::vmdk::open(&own, options, &mut open)?;
-        let Some(Parent { candidates, cid }) = parent.filter(|_| !options.metadata_only) else {
+        let Some(Parent { candidates, cid }) =
+            parent.filter(|_| !options.metadata_only && !options.no_backing)
+        else {
             return Ok((layout, None));
         };
         let named = candidates.iter().find(|path| path.exists()).or(candidates.first());

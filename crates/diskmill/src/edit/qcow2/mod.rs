@@ -20,7 +20,7 @@ use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::{FileId, Layout};
+use crate::layout::FileId;
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
 use meta::Meta;
@@ -153,10 +153,6 @@ impl Writer for Arc<Qcow2Writer> {
 
     fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
         Some(self)
-    }
-
-    fn new_layout(&self) -> Result<Box<dyn Layout>> {
-        Ok(Box::new(self.layout()?))
     }
 
     fn flush(&self) -> Result<()> {
