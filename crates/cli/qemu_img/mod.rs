@@ -5,6 +5,7 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod compare;
 mod convert;
@@ -80,6 +81,7 @@ type Run = fn(Args) -> Outcome;
 const COMMANDS: &[(&str, Run)] = &[
     ("amend", amend::run),
     ("bench", bench::run),
+    ("bitmap", bitmap::run),
     ("check", check::run),
     ("compare", compare::run),
     ("convert", convert::run),
@@ -93,7 +95,7 @@ const COMMANDS: &[(&str, Run)] = &[
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: &[&str] = &["bitmap", "commit", "rebase"];
+const MISSING: &[&str] = &["commit", "rebase"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {

@@ -18,6 +18,7 @@
 //! written since the last [`Image::flush`]; it never damages the image, and at worst leaves clusters that are allocated
 //! and unused.
 
+mod bitmap;
 mod disk;
 mod qcow2;
 mod ranges;
@@ -29,6 +30,7 @@ mod vmdk;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use bitmap::DirtyBits;
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;
 pub(crate) use raw::RawWriter;
