@@ -261,12 +261,12 @@ fn power_failures_leave_old_or_new_bitmaps() {
             let before = look(&now);
             now = bytes(&*faulty);
             let after = look(&now);
-            for barrier in 0..=faulty.barriers() {
-                for state in faulty.crash_states_at(barrier, turn as u64, most) {
+            for moment in faulty.moments() {
+                for state in faulty.crash_states_at(moment, turn as u64, most) {
                     let state = state.to_vec();
                     count += 1;
                     if let Err(why) = judge(&state, &before, &after) {
-                        panic!("{options}: {act:?}: before barrier {barrier}: {why}");
+                        panic!("{options}: {act:?}: {moment:?}: {why}");
                     }
                     if count % 97 == 0 {
                         qemu_agrees(&q, dir.path(), &state);
