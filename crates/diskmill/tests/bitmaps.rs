@@ -245,7 +245,7 @@ fn judge(state: &[u8], before: &(Vec<Seen>, Vec<u8>), after: &(Vec<Seen>, Vec<u8
 fn power_failures_leave_old_or_new_bitmaps() {
     let dir = scratch();
     let Some(q) = Oracle::find(dir.path()) else { return };
-    let most: usize = std::env::var("CRASH_STATES").ok().and_then(|text| text.parse().ok()).unwrap_or(12);
+    let most: usize = std::env::var("CRASH_STATES").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
     let mut count = 0u64;
     for options in ["cluster_size=512", "cluster_size=4096", "", "refcount_bits=1"] {
         q.create("a.qcow2", options, SIZE);

@@ -80,7 +80,7 @@ impl Bits {
         let Some(last) = tail.remove(&key).filter(|_| within > 0) else { return };
         let mut kept = Self::default();
         (0..within).filter(|&bit| last.bit(bit)).for_each(|bit| kept.set(bit..bit + 1));
-        self.pages.extend(kept.pages.into_iter().map(|(_, page)| (key, page)));
+        self.pages.extend(kept.pages.into_values().map(|page| (key, page)));
     }
 
     /// Adds the bits that are set in `bytes`, of which the first one stands for bit `first`, the first one of a page.
@@ -212,8 +212,7 @@ pub(crate) fn read_table(
     }
     let mut bytes = vec![0; entries as usize * 8];
     read_exact(file, &mut bytes, at).map_err(|error| error.within(structure(), at))?;
-    let decode =
-        |raw: &[u8; 8]| BitmapCluster::decode(u64::from_be_bytes(*raw), geometry).map_err(|why| wrong(why));
+    let decode = |raw: &[u8; 8]| BitmapCluster::decode(u64::from_be_bytes(*raw), geometry).map_err(wrong);
     bytes.as_chunks::<8>().0.iter().map(decode).collect()
 }
 
