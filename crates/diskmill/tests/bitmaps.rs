@@ -268,7 +268,7 @@ fn power_failures_leave_old_or_new_bitmaps() {
                     if let Err(why) = judge(&state, &before, &after) {
                         panic!("{options}: {act:?}: {moment:?}: {why}");
                     }
-                    if count % 97 == 0 {
+                    if count.is_multiple_of(97) {
                         qemu_agrees(&q, dir.path(), &state);
                     }
                 }
