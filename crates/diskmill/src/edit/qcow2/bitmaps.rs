@@ -174,7 +174,10 @@ impl Meta {
 
     /// Takes clusters for `len` bytes one behind the other. Returns where they stand.
     fn take(&mut self, draft: &mut Draft, len: u64) -> Result<u64> {
-        let run = self.allocate_together(len.div_ceil(self.cluster_size()))?;
+        let run = match len.div_ceil(self.cluster_size()) {
+            0 | 1 => self.allocate(1)?,
+            clusters => self.allocate_at_end(clusters)?,
+        };
         draft.taken.extend(self.clusters(run.host, len));
         Ok(run.host)
     }

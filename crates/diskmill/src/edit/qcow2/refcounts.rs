@@ -165,17 +165,6 @@ impl Meta {
         Ok(self.taken(first, clusters))
     }
 
-    /// Takes `clusters` free clusters that follow each other, with refcount 1.
-    pub(super) fn allocate_together(&mut self, clusters: u64) -> Result<Run> {
-        if clusters <= 1 {
-            return self.allocate(1);
-        }
-        self.begin_behind_all(false)?;
-        let run = self.take_behind_all(clusters);
-        self.switch = None;
-        run
-    }
-
     /// The first free clusters in `from..end`, which one refcount block counts.
     fn free_run(&mut self, from: u64, end: u64, most: u64) -> Result<Option<(u64, u64)>> {
         let mut found = None;
