@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 use std::path::Path;
+use std::sync::Arc;
 
 use diskmill::check::{CheckOptions, check};
 use diskmill::edit::ZeroHow;
 use diskmill::{Allow, Image, Kind, OpenOptions, OpenPolicy};
+use diskmill_io::{FaultyStorage, MemoryStorage};
 use diskmill_testkit::content::{Pattern, fill};
-use diskmill_testkit::{ModelDisk, Op, Oracle, Step, legalise, ops, scratch, unpack};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Step, legalise, ops, scratch, steps, unpack};
 use proptest::prelude::*;
 
 const GRAIN: u64 = 64 << 10;
@@ -220,4 +222,61 @@ fn what_cannot_be_written_to_is_refused_and_stays_as_it_is() {
     image.close().unwrap();
     assert_eq!(std::fs::read(dir.path().join("one.bin")).unwrap(), [9; 4096]);
     assert_eq!(std::fs::read(dir.path().join("two.bin")).unwrap(), [0; 4096]);
+}
+
+/// Stops at every barrier, with each part of what was written since the last one: the extent can be read, what was flushed
+/// is there, and every sector holds what it held at some time since.
+#[test]
+fn a_power_failure_loses_nothing_that_was_flushed() {
+    const SIZE: u64 = 3 << 20;
+    const STATES: usize = 30;
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    let mut states = 0;
+    for (seed, option) in (1..).zip(["monolithicSparse", "monolithicSparse,zeroed_grain=on"]) {
+        let option = format!("subformat={option}");
+        q.img(["create", "-q", "-f", "vmdk", "-o", &option, "a.vmdk", &SIZE.to_string()]).ok();
+        let bytes = std::fs::read(dir.path().join("a.vmdk")).unwrap();
+        let disk = Arc::new(FaultyStorage::new(Arc::new(MemoryStorage::with_bytes(bytes, 64 << 20))));
+        disk.start_journal().unwrap();
+        let image = Image::from_storage(Arc::clone(&disk) as _, "a.vmdk", &options()).unwrap();
+        let mut steps = plain(steps(seed, SIZE, GRAIN, 60, false), SIZE);
+        for step in &mut steps {
+            step.start &= !511;
+            step.len = step.len.next_multiple_of(512).min(SIZE - step.start);
+        }
+        let mut model = ModelDisk::new(SIZE, GRAIN);
+        // What the disk held since the last flush began.
+        let mut held = vec![model.bytes().to_vec()];
+        for (turn, step) in steps.iter().enumerate() {
+            match step.op {
+                Op::Zero { .. } => image.write_zeroes(step.start, step.len, ZeroHow::MayUnmap).unwrap(),
+                _ => image.write_at(&step.bytes(), step.start).unwrap(),
+            }
+            model.apply(step);
+            held.push(model.bytes().to_vec());
+            let flush = turn % 5 == 4;
+            if flush {
+                image.flush().unwrap();
+                held.drain(..held.len() - 1);
+            }
+            for state in disk.crash_states(turn as u64, STATES) {
+                states += 1;
+                let left = Arc::new(MemoryStorage::with_bytes(state.to_vec(), 64 << 20));
+                let image = Image::from_storage(left, "a.vmdk", &reading()).unwrap();
+                let got = content(&image);
+                for (index, sector) in got.chunks(512).enumerate() {
+                    let at = index * 512;
+                    let known = held.iter().any(|held| &held[at..at + 512] == sector);
+                    assert!(
+                        known,
+                        "{option}, after step {turn}: offset {at:#x} holds what was never written"
+                    );
+                }
+            }
+        }
+        image.close().unwrap();
+    }
+    println!("{states} states after a power failure");
+    assert!(states > 1000);
 }
