@@ -50,8 +50,6 @@ pub(crate) enum Command {
     Resize(crate::resize::ResizeArgs),
     /// Take, apply, list and delete internal snapshots
     Snapshot(crate::snapshot::SnapshotArgs),
-    /// List, add, remove, clear, enable, disable and merge persistent bitmaps of qcow2 images
-    Bitmap(Box<crate::bitmap::BitmapArgs>),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Box<FsArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
@@ -60,10 +58,14 @@ pub(crate) enum Command {
     /// Started by file-system commands: serves an image to an appliance that is kept
     #[command(hide = true)]
     GuestfsCompanion(CompanionArgs),
+    /// Move what an overlay has into its backing file
+    Commit(crate::commit::CommitArgs),
     /// Tell how large a file a disk would need in a format
     Measure(crate::measure::MeasureArgs),
     /// Tell what file-system commands need of this machine, and what it lacks
     Doctor(crate::doctor::DoctorArgs),
+    /// Give an image another backing file, or none
+    Rebase(crate::rebase::RebaseArgs),
     /// Serve an image over NBD
     Serve(crate::serve::ServeArgs),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod doctor;
@@ -18,6 +18,7 @@ mod names;
 mod options;
 mod progress;
 mod qemu_img;
+mod rebase;
 mod resize;
 mod secrets;
 mod serve;
@@ -43,12 +44,13 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
-        Command::Bitmap(args) => bitmap::run(&args),
         Command::Fs(args) => fs::run(*args),
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
+        Command::Commit(args) => commit::run(&args),
         Command::Measure(args) => measure::run(&args),
+        Command::Rebase(args) => rebase::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),

@@ -5,8 +5,8 @@
 
 mod amend;
 mod bench;
-mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -21,6 +21,7 @@ mod messages;
 mod node;
 mod object;
 mod opts;
+mod rebase;
 mod resize;
 mod size;
 mod snapshot;
@@ -81,8 +82,8 @@ type Run = fn(Args) -> Outcome;
 const COMMANDS: &[(&str, Run)] = &[
     ("amend", amend::run),
     ("bench", bench::run),
-    ("bitmap", bitmap::run),
     ("check", check::run),
+    ("commit", commit::run),
     ("compare", compare::run),
     ("convert", convert::run),
     ("create", create::run),
@@ -90,12 +91,13 @@ const COMMANDS: &[(&str, Run)] = &[
     ("info", info::run),
     ("map", map::run),
     ("measure", measure::run),
+    ("rebase", rebase::run),
     ("resize", resize::run),
     ("snapshot", snapshot::run),
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: &[&str] = &["commit", "rebase"];
+const MISSING: &[&str] = &["bitmap"];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {

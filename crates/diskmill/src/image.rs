@@ -10,7 +10,7 @@ use diskmill_format::{GuestOffset, Limits};
 use diskmill_io::{ImageLock, SharedStorage};
 
 use self::open::Opener;
-pub(crate) use self::open::resolve;
+pub(crate) use self::open::{Base, Depth, resolve};
 use crate::edit::Writer;
 use crate::error::{Error, Result};
 use crate::layout::{Extent, FileId, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
@@ -44,7 +44,8 @@ pub struct OpenOptions {
     pub policy: OpenPolicy,
     /// Upper bounds for the image's structures.
     pub limits: Limits,
-    /// Read although another process may be writing (`-U`).
+    /// Read although another process may be writing (`-U`). Of an image that is [`writable`](Self::writable): this
+    /// goes for its backing files alone.
     pub force_share: bool,
     /// Read this internal snapshot of the image itself (not of its backing files).
     pub snapshot: Option<SnapshotRef>,
@@ -52,8 +53,6 @@ pub struct OpenOptions {
     pub direct: bool,
     /// Do not open the files that the image names: for looking at its metadata alone. Guest data cannot be read then.
     pub metadata_only: bool,
-    /// Do not open the backing file or parent: where the image itself has nothing, it reads as zeros. Not for writing.
-    pub no_backing: bool,
     /// Which disk of an OVA: its number, from 1, or one of its names. Needed only where there are several.
     pub disk: Option<String>,
     /// Read a VMDK delta although its parent was changed since (the CIDs differ).
@@ -145,7 +144,17 @@ impl Image {
     /// # Errors
     /// Any [`Kind`](crate::Kind) but `Cancelled`; the message names the file that is the trouble.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
-        Opener::new(options, None).open(path.as_ref())
+        Opener::new(options, None, Depth::Whole).open(path.as_ref()).map(|(image, _)| image)
+    }
+
+    /// Opens the image and as much of its chain as `depth` says. What lies below shows as nothing: zeros that are not
+    /// [`present`](Extent::present). Also returns the backing file that was left out, if there is one.
+    pub(crate) fn open_part(
+        path: &Path,
+        options: &OpenOptions,
+        depth: Depth,
+    ) -> Result<(Self, Option<Base>)> {
+        Opener::new(options, None, depth).open(path)
     }
 
     /// Opens an image in `storage`, which the caller made; `path` only stands in messages. It may name no other file.
@@ -169,7 +178,7 @@ impl Image {
     pub fn from_storages(files: &[ImageFile], options: &OpenOptions) -> Result<Self> {
         let Some(first) = files.first() else { return Err(Error::invalid("an image without a file")) };
         let options = OpenOptions { policy: OpenPolicy::default(), ..options.clone() };
-        Opener::new(&options, Some(files)).open(&first.path)
+        Opener::new(&options, Some(files), Depth::Whole).open(&first.path).map(|(image, _)| image)
     }
 
     /// A disk of `size` zero bytes, made of nothing.

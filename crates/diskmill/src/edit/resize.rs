@@ -42,7 +42,9 @@ impl Image {
             return Err(Error::invalid("the image was not opened for writing"));
         };
         let Some(writer) = writer.qcow2().map(Arc::clone) else {
-            let layout = self.named(writer.resize(size, preallocation))?;
+            let resized = writer.resize(size, preallocation);
+            let layout = resized.and_then(|()| writer.new_layout());
+            let layout = self.named(layout)?;
             self.replace_top(layout);
             return Ok(());
         };

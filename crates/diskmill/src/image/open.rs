@@ -12,7 +12,7 @@ use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
-use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
+use crate::edit::{Qcow2Writer, RawWriter};
 use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
@@ -32,10 +32,53 @@ pub(super) struct Next {
     cid: Option<u32>,
 }
 
+/// How much of a backing chain is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// All of it.
+    Whole,
+    /// All of it, and the image is about to get another backing file: zeros that are written to it have to be there
+    /// even if it has none now.
+    ToRebase,
+    /// Only the image itself; its backing file need not be there.
+    Alone,
+    /// What stands above the image's own backing file.
+    AboveNext,
+    /// What stands above one of these files, if the chain has one.
+    Above(Vec<PathBuf>),
+}
+
+/// A backing file that was not opened.
+pub(crate) struct Base {
+    next: Next,
+    /// The folder of the image whose chain it belongs to.
+    root: PathBuf,
+}
+
+impl Base {
+    /// Whether the image above it names its format.
+    pub(crate) const fn has_format(&self) -> bool {
+        self.next.format.is_some()
+    }
+
+    /// Opens it with its own backing chain, under the policy of the chain that it belongs to.
+    ///
+    /// # Errors
+    /// As [`Image::open`].
+    pub(crate) fn open(self, options: &OpenOptions) -> Result<Image> {
+        let mut opener = Opener::new(options, None, Depth::Whole);
+        opener.named = true;
+        opener.chain(self.next, self.root).map(|(image, _)| image)
+    }
+}
+
 pub(super) struct Opener<'a> {
     options: &'a OpenOptions,
     /// All files that there are, if the caller gave storages instead of a path.
     given: Option<&'a [ImageFile]>,
+    depth: Depth,
+    /// The first file was named by another image.
+    named: bool,
     pub(super) image: Image,
     /// Device and inode of each file, to find loops.
     seen: Vec<(u64, u64)>,
@@ -46,7 +89,7 @@ pub(super) struct Opener<'a> {
 }
 
 impl<'a> Opener<'a> {
-    pub(super) fn new(options: &'a OpenOptions, given: Option<&'a [ImageFile]>) -> Self {
+    pub(super) fn new(options: &'a OpenOptions, given: Option<&'a [ImageFile]>, depth: Depth) -> Self {
         let image = Image {
             layers: Vec::new(),
             files: Vec::new(),
@@ -55,10 +98,19 @@ impl<'a> Opener<'a> {
             scratch: Mutex::default(),
             _locks: Vec::new(),
         };
-        Self { options, given, image, seen: Vec::new(), snapshot_bytes: 0, archived: false }
+        Self {
+            options,
+            given,
+            depth,
+            named: false,
+            image,
+            seen: Vec::new(),
+            snapshot_bytes: 0,
+            archived: false,
+        }
     }
 
-    pub(super) fn open(mut self, path: &Path) -> Result<Image> {
+    pub(super) fn open(self, path: &Path) -> Result<(Image, Option<Base>)> {
         let root = match self.given {
             Some(_) => PathBuf::new(),
             None => {
@@ -66,7 +118,13 @@ impl<'a> Opener<'a> {
                 real.parent().unwrap_or(Path::new("/")).to_owned()
             }
         };
-        let mut next = Next { path: path.to_owned(), format: self.options.format, cid: None };
+        let top = Next { path: path.to_owned(), format: self.options.format, cid: None };
+        self.chain(top, root)
+    }
+
+    /// Opens the image `next` and what stands under it.
+    fn chain(mut self, mut next: Next, root: PathBuf) -> Result<(Image, Option<Base>)> {
+        let path = next.path.clone();
         loop {
             let top = self.image.layers.is_empty();
             if self.image.layers.len() >= usize::from(self.options.limits.chain_depth) {
@@ -75,9 +133,10 @@ impl<'a> Opener<'a> {
                     Kind::Limit,
                     format!("the backing chain has more than {depth} layers"),
                 )
-                .of(path));
+                .of(&path));
             }
-            let storage = self.open_file(&next.path, (!top).then_some((root.as_path(), "backing file")))?;
+            let named = (!top || self.named).then_some((root.as_path(), "backing file"));
+            let storage = self.open_file(&next.path, named)?;
             let snapshot = self.options.snapshot.as_ref().filter(|_| top);
             let (here, cid) = (next.path.clone(), next.cid);
             let below = self
@@ -85,9 +144,18 @@ impl<'a> Opener<'a> {
                 .map_err(|error| error.of(&here))?;
             self.check_cid(cid).map_err(|error| error.of(&here))?;
             match below {
+                Some(next) if self.ends_above(&next) => return Ok((self.image, Some(Base { next, root }))),
                 Some(below) => next = below,
-                None => return Ok(self.image),
+                None => return Ok((self.image, None)),
             }
+        }
+    }
+
+    fn ends_above(&self, next: &Next) -> bool {
+        match &self.depth {
+            Depth::Whole | Depth::ToRebase => false,
+            Depth::Alone | Depth::AboveNext => true,
+            Depth::Above(paths) => paths.contains(&next.path),
         }
     }
 
@@ -185,11 +253,8 @@ impl<'a> Opener<'a> {
         };
         let id = self.file_id(&storage, &path);
         let writable = self.writable();
-        let part = self.options.metadata_only || self.options.no_backing;
-        if writable && (snapshot.is_some() || part || self.options.force_share) {
-            return Err(Error::invalid(
-                "a snapshot, a part, or an image that is shared, cannot be written to",
-            ));
+        if writable && (snapshot.is_some() || self.options.metadata_only) {
+            return Err(Error::invalid("a snapshot cannot be written to, nor an image without its files"));
         }
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
@@ -204,17 +269,11 @@ impl<'a> Opener<'a> {
             _ if snapshot.is_some() => {
                 return Err(Error::invalid(format!("{format} has no internal snapshots")));
             }
-            Format::Ova if writable => {
-                return Err(Error::unsupported("writing to a disk inside an archive"));
+            Format::Vmdk | Format::Ova if writable => {
+                return Err(Error::unsupported(format!("writing to {format} images")));
             }
             Format::Vmdk => {
-                let (mut layout, next) = self.vmdk(&storage, id, &path, root)?;
-                if writable {
-                    let own = ExtentFile::new(storage, id, &path)?;
-                    let limits = &self.options.limits;
-                    let writer = VmdkWriter::open(&mut layout, &own, next.is_some(), limits)?;
-                    self.image.writer = Some(Box::new(writer));
-                }
+                let (layout, next) = self.vmdk(&storage, id, &path, root)?;
                 (Box::new(layout), next)
             }
             Format::Ova => return self.ova(&storage, path, root),
@@ -266,7 +325,7 @@ impl<'a> Opener<'a> {
         };
         let backing_format = read.area.extensions.backing_format.as_deref().map(lossy);
         let next = match &read.area.backing_name {
-            Some(name) if !self.options.metadata_only && !self.options.no_backing => {
+            Some(name) if !self.options.metadata_only && self.depth != Depth::Alone => {
                 let named = resolve(name, path, "backing file")?;
                 let format =
                     backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
@@ -288,7 +347,10 @@ impl<'a> Opener<'a> {
         let data = clusters.as_ref().map(|(file, path, len)| (file, self.file_id(file, path), *len));
         if self.writable() {
             let data = data.map(|(file, id, _)| (file, id));
-            let writer = Qcow2Writer::open((&storage, id), data, &read, &self.options.limits)?;
+            let mut writer = Qcow2Writer::open((&storage, id), data, &read, &self.options.limits)?;
+            if self.depth == Depth::ToRebase {
+                writer.expect_backing();
+            }
             let writer = Arc::new(writer);
             let layout = writer.layout()?;
             self.image.writer = Some(Box::new(writer));
@@ -342,7 +404,7 @@ impl Opener<'_> {
         };
         let (layout, parent) = crate::vmdk::open(&own, options, &mut open)?;
         let Some(Parent { candidates, cid }) =
-            parent.filter(|_| !options.metadata_only && !options.no_backing)
+            parent.filter(|_| !options.metadata_only && self.depth != Depth::Alone)
         else {
             return Ok((layout, None));
         };

@@ -1,8 +1,5 @@
-use std::sync::Arc;
-
 use diskmill_format::GuestOffset;
 
-use super::ExtentFile;
 use super::grains::GrainMap;
 use crate::error::{Error, Kind};
 use crate::layout::{ImageInfo, LayerExtent, LayerSource, Layout, MapError};
@@ -12,30 +9,28 @@ use crate::raw::FileRuns;
 pub(crate) struct VmdkLayout {
     pub(super) info: ImageInfo,
     /// In guest order and without gaps.
-    pub(crate) parts: Vec<Part>,
+    pub(super) parts: Vec<Part>,
 }
 
 /// An extent in its place.
-pub(crate) struct Part {
+pub(super) struct Part {
     /// First guest byte.
-    pub(crate) start: u64,
+    pub(super) start: u64,
     /// Guest bytes.
-    pub(crate) len: u64,
-    pub(crate) source: PartSource,
-    /// The descriptor forbids to write to it.
-    pub(crate) read_only: bool,
+    pub(super) len: u64,
+    pub(super) source: PartSource,
 }
 
-pub(crate) enum PartSource {
+pub(super) enum PartSource {
     /// Zeros.
     Zero,
     /// A flat file from byte `offset` on.
     Flat {
         runs: FileRuns,
         offset: u64,
-        file: ExtentFile,
+        path: std::path::PathBuf,
     },
-    Sparse(Arc<GrainMap>),
+    Sparse(Box<GrainMap>),
     /// Not opened: only the metadata was asked for.
     Closed,
 }
@@ -50,9 +45,9 @@ impl Part {
             PartSource::Sparse(map) => map
                 .map(within, max)
                 .map_err(|MapError { error, len }| MapError { error: error.of(&map.file().path), len }),
-            PartSource::Flat { runs, offset, file, .. } => {
+            PartSource::Flat { runs, offset, path } => {
                 let at = offset.saturating_add(within);
-                let failed = |error: Error| MapError { error: error.of(&file.path), len: max };
+                let failed = |error: Error| MapError { error: error.of(path), len: max };
                 match runs.map(at, max).map_err(|error| failed(error.error))? {
                     Some(extent) => Ok(extent),
                     None => {

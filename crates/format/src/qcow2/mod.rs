@@ -6,6 +6,7 @@ mod entry;
 mod extension;
 mod header;
 mod refcount;
+mod rewrite;
 mod snapshot;
 
 pub use bitmap::{
@@ -17,6 +18,7 @@ pub use entry::{
 pub use extension::{BitmapsPlace, Extensions, FeatureKind, FeatureName};
 pub use header::{CompressionType, CryptMethod, Header, HeaderArea};
 pub use refcount::RefcountWidth;
+pub use rewrite::HeaderWrite;
 pub use snapshot::{Snapshot, parse_snapshots};
 
 /// `QFI\xfb`, the first four bytes.

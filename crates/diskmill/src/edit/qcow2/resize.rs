@@ -178,6 +178,11 @@ impl Qcow2Writer {
         Ok(())
     }
 
+    /// Makes the image have nothing of its own: the guest sees its backing file. Snapshots stay. Durable when it returns.
+    pub(crate) fn make_empty(&self) -> Result<()> {
+        self.give_up_behind(0)
+    }
+
     /// Gives up all clusters behind the end of the disk at `end`, and cuts the file if it is free at its end.
     fn give_up_behind(&self, end: u64) -> Result<()> {
         let mut meta = self.meta();
@@ -261,7 +266,7 @@ impl Meta {
     }
 
     /// Clusters behind all others, with refcount 1: as many as asked for, without a gap.
-    pub(super) fn allocate_at_end(&mut self, clusters: u64) -> Result<super::refcounts::Run> {
+    fn allocate_at_end(&mut self, clusters: u64) -> Result<super::refcounts::Run> {
         self.begin_behind_all(false)?;
         let run = self.take_behind_all(clusters);
         self.switch = None;

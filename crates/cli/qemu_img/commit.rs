@@ -1,0 +1,45 @@
+//! `qemu-img commit`.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use diskmill::convert::Monitor;
+use diskmill::edit::{Commit, CommitOptions};
+use diskmill::{Kind, OpenOptions};
+
+use super::getopt::Args;
+use super::node::Context;
+use super::size::size;
+use super::{Fail, Outcome, cache_mode, messages, progress};
+use crate::progress::Progress;
+use crate::signals::Watch;
+
+pub(super) fn run(args: Args) -> Outcome {
+    if let Some(text) = args.text("rate") {
+        size("rate limit", &text)?;
+    }
+    let context = Context::of(&args, "format")?;
+    let file = args.one_file()?;
+    cache_mode(&args, "cache", "cache")?;
+    let node = context.node(file)?;
+    let options = CommitOptions {
+        open: OpenOptions { force_share: false, ..node.options() },
+        base: args.last("base").map(PathBuf::from),
+        keep_overlay: args.has("drop"),
+    };
+    let commit = Commit::open(&node.path, &options).map_err(|error| match error.kind() {
+        Kind::Invalid if error.path().is_none() => Fail::new(error.to_string()),
+        _ => node.cannot_open(&error),
+    })?;
+    let monitor = Arc::new(Monitor::new());
+    let _watch = Watch::start(&monitor, true)?;
+    let progress = Progress::start(&progress(&args), false, &monitor);
+    let result = commit.run(&monitor);
+    progress.finish(result.is_ok());
+    result.map_err(|error| Fail::new(messages::while_working(&error)))?;
+    if !args.has("quiet") {
+        writeln!(stdout(), "Image committed.")?;
+    }
+    Ok(0)
+}

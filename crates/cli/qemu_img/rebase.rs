@@ -1,0 +1,73 @@
+//! `qemu-img rebase`.
+
+use std::sync::Arc;
+
+use diskmill::Kind;
+use diskmill::convert::Monitor;
+use diskmill::edit::{Rebase, RebaseMode};
+
+use super::getopt::Args;
+use super::node::{Context, format_named};
+use super::{Fail, Outcome, cache_mode, messages, progress};
+use crate::names::resolved;
+use crate::progress::Progress;
+use crate::signals::Watch;
+
+pub(super) fn run(args: Args) -> Outcome {
+    let context = Context::of(&args, "format")?;
+    let file = args.one_file()?;
+    let unchecked = args.has("backing-unsafe");
+    let named = args.text("backing");
+    if named.is_none() && !unchecked {
+        return Err(Fail::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
+    }
+    cache_mode(&args, "cache", "cache")?;
+    cache_mode(&args, "backing-cache", "source cache")?;
+    let node = context.node(file)?;
+    let format = match args.text("backing-format") {
+        Some(name) => {
+            Some(format_named(&name).map_err(|_| Fail::new(format!("Invalid format name: '{name}'")))?)
+        }
+        None => None,
+    };
+    let backing = named.filter(|name| !name.is_empty());
+    let cannot_change = |reason: &str| {
+        let name = backing.as_deref().unwrap_or_default();
+        Fail::new(format!("Could not change the backing file to '{name}': {reason}"))
+    };
+    if args.has("compress") && !unchecked {
+        return Err(Fail::new("rebase -c is not supported: what is copied is not compressed"));
+    }
+    let mode = if unchecked { RebaseMode::Unsafe } else { RebaseMode::Safe };
+    let mut rebase = Rebase::open(&node.path, &node.options(), mode).map_err(|error| match error.kind() {
+        Kind::Unsupported if error.structure().is_none() && node.path.exists() => {
+            cannot_change("Operation not supported")
+        }
+        _ => node.cannot_open(&error),
+    })?;
+    if let Some(name) = &backing {
+        // qemu-img finds that out after it has copied everything.
+        if unchecked && format.is_none() {
+            return Err(cannot_change("backing format must be specified"));
+        }
+        rebase.onto(name, format).map_err(|error| {
+            let path = resolved(&node.path.to_string_lossy(), name);
+            let reason = messages::cannot_open(&error, error.path().unwrap_or(path.as_ref()), format);
+            Fail::new(format!("Could not open new backing file '{name}': {reason}"))
+        })?;
+        if format.is_none() {
+            return Err(cannot_change("backing format must be specified"));
+        }
+    }
+    let monitor = Arc::new(Monitor::new());
+    let _watch = Watch::start(&monitor, true)?;
+    let progress = Progress::start(&progress(&args), false, &monitor);
+    let result = rebase.run(&monitor);
+    progress.finish(result.is_ok());
+    result.map_err(|error| match error.kind() {
+        Kind::Invalid => cannot_change("Invalid argument"),
+        Kind::Limit => cannot_change("No space left on device"),
+        _ => Fail::new(messages::while_working(&error)),
+    })?;
+    Ok(0)
+}

@@ -1,0 +1,184 @@
+//! Moving what an overlay has into a file that it stands on.
+
+use std::path::{Path, PathBuf};
+
+use super::parallel::in_parallel;
+use super::{Preallocation, ZeroHow};
+use crate::convert::Monitor;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Depth, Image, OpenOptions};
+use crate::layout::Source;
+use crate::probe::{Format, PROBE_BYTES};
+
+/// Guest bytes that a thread copies at once; a multiple of all cluster sizes.
+const STEP: u64 = 2 << 20;
+
+/// How to commit.
+#[derive(Debug, Clone, Default)]
+pub struct CommitOptions {
+    /// How to open the overlay; its chain must be allowed to be opened.
+    pub open: OpenOptions,
+    /// A file of the overlay's chain: it gets what all layers above it have. `None`: the overlay's own backing file.
+    /// A relative path starts at the working directory, or else at the overlay's folder. The layers between then show
+    /// something else than before, so that the overlay is not emptied.
+    pub base: Option<PathBuf>,
+    /// Leave the overlay as it is: for one that is thrown away.
+    pub keep_overlay: bool,
+}
+
+/// The commit of an overlay, as `qemu-img commit` makes it.
+///
+/// ```no_run
+/// use diskmill::convert::Monitor;
+/// use diskmill::edit::{Commit, CommitOptions};
+/// use diskmill::{Allow, OpenOptions, OpenPolicy};
+///
+/// # fn main() -> Result<(), diskmill::Error> {
+/// let policy = OpenPolicy { allow: Allow::OwnTree, ..OpenPolicy::default() };
+/// let open = OpenOptions { policy, ..OpenOptions::default() };
+/// let commit = Commit::open("overlay.qcow2", &CommitOptions { open, ..CommitOptions::default() })?;
+/// commit.run(&Monitor::new())
+/// # }
+/// ```
+pub struct Commit {
+    /// The overlay and all layers above the base.
+    overlay: Image,
+    base: Image,
+    /// The overlay is to be emptied.
+    empty: bool,
+    /// Nobody named the format of the base.
+    probed: bool,
+}
+
+impl Commit {
+    /// Opens the overlay at `path` and its base.
+    ///
+    /// # Errors
+    /// As [`Image::open`]; [`Kind::Invalid`] if there is no backing file, or none of this name;
+    /// [`Kind::Unsupported`] for a base that cannot be written to.
+    pub fn open(path: impl AsRef<Path>, options: &CommitOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let depth = match &options.base {
+            None => Depth::AboveNext,
+            Some(base) => Depth::Above(candidates(path, base)),
+        };
+        let empty = !options.keep_overlay && options.base.is_none();
+        let open = OpenOptions { writable: empty, snapshot: None, ..options.open.clone() };
+        let (overlay, base) = Image::open_part(path, &open, depth)?;
+        let base = base.ok_or_else(|| match &options.base {
+            Some(base) if overlay.info().backing_name.is_some() => Error::invalid(format!(
+                "Did not find '{}' in the backing chain of '{}'",
+                base.display(),
+                path.display()
+            )),
+            _ => Error::invalid("Image does not have a backing file"),
+        })?;
+        let probed = !base.has_format();
+        let base = base.open(&OpenOptions { writable: true, ..open })?;
+        Ok(Self { overlay, base, empty, probed })
+    }
+
+    /// Copies what the overlay has into the base, which grows if it is shorter, makes that durable, and then empties
+    /// the overlay. After an error or a crash the overlay is whole.
+    ///
+    /// # Errors
+    /// What reading and writing an image may give; `Cancelled` if `monitor` was cancelled. [`Kind::Denied`] if the base
+    /// is raw only because it looks so, and would not any more.
+    pub fn run(self, monitor: &Monitor) -> Result<()> {
+        let Self { mut overlay, mut base, empty, probed } = self;
+        if probed && base.info().format == Format::Raw {
+            stays_raw(&overlay)?;
+        }
+        if base.size() < overlay.size() {
+            base.resize(overlay.size(), Preallocation::Off)?;
+        }
+        copy(&overlay, &base, monitor)?;
+        base.close()?;
+        if empty {
+            overlay.edit_qcow2("contents", |writer| writer.make_empty())?;
+        }
+        overlay.close()
+    }
+}
+
+/// The canonical paths that `base` may mean.
+fn candidates(overlay: &Path, base: &Path) -> Vec<PathBuf> {
+    let beside = overlay.parent().map(|dir| dir.join(base));
+    [Some(base.to_owned()), beside]
+        .into_iter()
+        .flatten()
+        .filter_map(|path| path.canonicalize().ok())
+        .collect()
+}
+
+/// A guest that writes the header of another format to its first sectors must not have its raw base taken for that.
+fn stays_raw(overlay: &Image) -> Result<()> {
+    let mut start = vec![0; PROBE_BYTES];
+    overlay.read_at(&mut start, 0)?;
+    match Format::probe(&start) {
+        Format::Raw => Ok(()),
+        other => Err(Error::new(
+            Kind::Denied,
+            format!("the raw backing file, whose format is not named, would be taken for {other} afterwards"),
+        )
+        .hint("`rebase -u -F raw` names its format")),
+    }
+}
+
+enum Piece {
+    Data { at: u64, len: u64 },
+    Zeros { at: u64, len: u64 },
+}
+
+fn copy(overlay: &Image, base: &Image, monitor: &Monitor) -> Result<()> {
+    monitor.start(overlay.size());
+    let mut at = 0;
+    in_parallel(
+        || next(overlay, &mut at, monitor),
+        || (overlay.reader(), Vec::new()),
+        |piece, (reader, buf)| {
+            let len = match piece {
+                Piece::Data { at, len } => {
+                    buf.resize(len as usize, 0);
+                    reader.read_at(buf, at)?;
+                    base.write_at(buf, at)?;
+                    len
+                }
+                Piece::Zeros { at, len } => {
+                    base.write_zeroes(at, len, ZeroHow::MayUnmap)?;
+                    len
+                }
+            };
+            monitor.add_done(len);
+            Ok(())
+        },
+    )
+}
+
+/// The next piece of the disk from `at` on that the layers above the base decide.
+fn next(overlay: &Image, at: &mut u64, monitor: &Monitor) -> Result<Option<Piece>> {
+    let size = overlay.size();
+    let last = overlay.chain().len() - 1;
+    while *at < size {
+        if monitor.is_cancelled() {
+            return Err(Error::cancelled());
+        }
+        let here = *at;
+        let extent = overlay.map(here, size - here).map_err(|error| error.error)?;
+        let len = extent.guest.end - here;
+        // A layer that is shorter than the one above it hides what is below.
+        if !extent.present && usize::from(extent.depth) == last {
+            *at = extent.guest.end;
+            monitor.add_done(len);
+            continue;
+        }
+        if extent.source == Source::Zero {
+            *at = extent.guest.end;
+            return Ok(Some(Piece::Zeros { at: here, len }));
+        }
+        let len = len.min(STEP - here % STEP);
+        *at = here + len;
+        return Ok(Some(Piece::Data { at: here, len }));
+    }
+    Ok(None)
+}

@@ -1,0 +1,74 @@
+//! Work on a disk from several threads.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+
+/// Does pieces of work from one thread for each CPU. `next` names them one after the other; `worker` makes what a thread
+/// keeps between pieces. After the first error nothing new is begun, and it is returned.
+pub(super) fn in_parallel<T: Send, W>(
+    next: impl FnMut() -> Result<Option<T>> + Send,
+    worker: impl Fn() -> W + Sync,
+    work: impl Fn(T, &mut W) -> Result<()> + Sync,
+) -> Result<()> {
+    let source = Mutex::new(next);
+    let failed: Mutex<Option<Error>> = Mutex::new(None);
+    let first_error = || failed.lock().unwrap_or_else(PoisonError::into_inner);
+    let run = || {
+        let mut own = worker();
+        while first_error().is_none() {
+            let piece = {
+                let mut next = source.lock().unwrap_or_else(PoisonError::into_inner);
+                next()
+            };
+            let done = match piece {
+                Ok(Some(piece)) => work(piece, &mut own),
+                Ok(None) => return,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = done {
+                first_error().get_or_insert(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..diskmill_io::cpus() {
+            // With fewer threads than planned the work gets done all the same.
+            if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
+                break;
+            }
+        }
+        run();
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn all_is_done_and_errors_end_it() {
+        let sum = AtomicU64::new(0);
+        let run = |bad: u64| {
+            let mut at = 0;
+            in_parallel(
+                || {
+                    at += 1;
+                    Ok((at <= 1000).then_some(at))
+                },
+                || (),
+                |piece, ()| {
+                    sum.fetch_add(piece, Ordering::Relaxed);
+                    if piece == bad { Err(Error::cancelled()) } else { Ok(()) }
+                },
+            )
+        };
+        run(0).unwrap();
+        assert_eq!(sum.swap(0, Ordering::Relaxed), 500_500);
+        run(10).unwrap_err();
+        assert!(sum.into_inner() < 500_500);
+    }
+}
