@@ -107,6 +107,19 @@ fn an_image_that_holds_something_is_written_into() {
     qemu.check_clean("over.qcow2");
     assert!(qemu.content("over.qcow2", "qcow2") == expected);
 
+    for subformat in ["monolithicSparse", "twoGbMaxExtentFlat"] {
+        let option = format!("subformat={subformat}");
+        qemu.img(["convert", "-O", "vmdk", "-o", &option, "old.raw", "a.vmdk"]).ok();
+        diskmill().cmd(["convert", "-n", "-O", "vmdk", &path("new.raw"), &path("a.vmdk")]).ok();
+        assert!(qemu.content("a.vmdk", "vmdk") == expected, "{subformat}");
+        if subformat.contains("Sparse") {
+            diskmill().cmd(["check", &path("a.vmdk")]).ok();
+        }
+    }
+    // Its extents are in files of their own.
+    qemu.img(["convert", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "old.raw", "split.vmdk"]).ok();
+    diskmill().cmd(["check", &path("split.vmdk")]).ok();
+
     convert(&["-c"], "a.qcow2").fails(1).says(&["-c", "not supported"]);
     assert!(qemu.content("a.qcow2", "qcow2") == old, "a refusal changes nothing");
     qemu.create("small.qcow2", "", MIB as u64);

@@ -312,7 +312,7 @@ fn wrong_usage_and_what_is_not_supported() {
         let _ = diskmill().cmd(["serve"]).args(args).dir(dir).limit(Duration::from_secs(10)).fails(2);
     }
     let failed: [(&[&str], &str); 4] = [
-        (&["--unix", "s", "--writable", "-f", "vmdk", "a.raw"], "not"),
+        (&["--unix", "s", "--writable", "-f", "ova", "a.raw"], "archive"),
         (&["--unix", "s", "gone.raw"], "gone.raw"),
         (&["--unix", "a.raw", "a.raw"], "no socket"),
         (&["--unix", "no/such/folder/s", "a.raw"], "no such file"),
@@ -337,7 +337,19 @@ fn what_clients_write_is_in_the_image() {
     q.create_over("over.qcow2", "", SIZE, ("base.raw", "raw"));
     q.img(["convert", "-f", "raw", "-O", "qcow2", "-c", "base.raw", "packed.qcow2"]).ok();
     q.img(["convert", "-f", "raw", "-O", "raw", "base.raw", "copy.raw"]).ok();
-    for image in ["plain.qcow2", "small.qcow2", "sub.qcow2", "over.qcow2", "packed.qcow2", "copy.raw"] {
+    q.img(["create", "-q", "-f", "vmdk", "plain.vmdk", &SIZE.to_string()]).ok();
+    q.img(["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat", "base.raw", "flat.vmdk"])
+        .ok();
+    for image in [
+        "plain.qcow2",
+        "small.qcow2",
+        "sub.qcow2",
+        "over.qcow2",
+        "packed.qcow2",
+        "copy.raw",
+        "plain.vmdk",
+        "flat.vmdk",
+    ] {
         let format = image.rsplit('.').next().unwrap();
         let served = Served::start(dir, &["--writable", "-f", format, image]);
         Cmd::new("nbdcopy").args(["new.raw", &served.uri]).dir(dir).ok();

@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Resize(crate::resize::ResizeArgs),
     /// Take, apply, list and delete internal snapshots
     Snapshot(crate::snapshot::SnapshotArgs),
+    /// List, add, remove, clear, enable, disable and merge persistent bitmaps of qcow2 images
+    Bitmap(Box<crate::bitmap::BitmapArgs>),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Box<FsArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
         Command::Fs(args) => fs::run(*args),
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),

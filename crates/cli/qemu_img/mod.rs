@@ -5,6 +5,7 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -82,6 +83,7 @@ type Run = fn(Args) -> Outcome;
 const COMMANDS: &[(&str, Run)] = &[
     ("amend", amend::run),
     ("bench", bench::run),
+    ("bitmap", bitmap::run),
     ("check", check::run),
     ("commit", commit::run),
     ("compare", compare::run),
@@ -97,7 +99,7 @@ const COMMANDS: &[(&str, Run)] = &[
 ];
 
 /// Commands of qemu-img's that are not there yet.
-const MISSING: &[&str] = &["bitmap"];
+const MISSING: &[&str] = &[];
 
 /// Whether the program was started under qemu-img's name.
 pub(crate) fn is_called(program: Option<&OsStr>) -> bool {

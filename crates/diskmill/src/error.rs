@@ -122,6 +122,12 @@ impl Error {
         self.0.kind
     }
 
+    /// What went wrong, without where and without a hint.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
     /// The file that the error is about.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {

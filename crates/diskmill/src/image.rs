@@ -53,6 +53,8 @@ pub struct OpenOptions {
     pub direct: bool,
     /// Do not open the files that the image names: for looking at its metadata alone. Guest data cannot be read then.
     pub metadata_only: bool,
+    /// Do not open the backing file or parent: where the image itself has nothing, it reads as zeros. Not for writing.
+    pub no_backing: bool,
     /// Which disk of an OVA: its number, from 1, or one of its names. Needed only where there are several.
     pub disk: Option<String>,
     /// Read a VMDK delta although its parent was changed since (the CIDs differ).

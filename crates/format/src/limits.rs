@@ -19,6 +19,8 @@ pub struct Limits {
     pub qcow2_bitmaps: u32,
     /// Largest qcow2 bitmap directory, in bytes.
     pub qcow2_bitmap_directory_bytes: u64,
+    /// Largest qcow2 bitmap, in bytes of its bits in whole clusters.
+    pub qcow2_bitmap_bytes: u64,
     /// Longest backing file name, in bytes.
     pub backing_name_bytes: u32,
     /// Most layers in a backing chain, the top image included. (QEMU has no limit.)
@@ -60,6 +62,7 @@ impl Default for Limits {
             qcow2_snapshot_extra_bytes: 1024,
             qcow2_bitmaps: 65_535,
             qcow2_bitmap_directory_bytes: 64 * MIB,
+            qcow2_bitmap_bytes: 512 * MIB,
             backing_name_bytes: 1023,
             chain_depth: 64,
             vmdk_descriptor_bytes: 2 * MIB,

@@ -137,6 +137,13 @@ impl FaultyStorage {
         })
     }
 
+    /// The moments before each barrier, and now: those at which most is open. None without a journal.
+    pub fn moments(&self) -> Vec<Moment> {
+        let state = self.state();
+        let epochs = state.journal.iter().flat_map(|journal| &journal.epochs);
+        epochs.enumerate().map(|(barriers, open)| Moment { barriers, changes: open.len() }).collect()
+    }
+
     /// What the disk may hold if the power fails now: all that was written before the last barrier, and of what was
     /// written since any subset in any order, with writes torn at 512-byte borders. At most `max` states: first none
     /// of it, then all of it, then each subset if there are few enough, or random ones (by `seed`, always the same):

@@ -140,7 +140,7 @@ pub fn check(
                 policy: options.policy.clone(),
                 limits: options.limits.clone(),
                 force_share: options.force_share,
-                metadata_only: true,
+                no_backing: true,
                 ..OpenOptions::default()
             };
             vmdk::check(&Image::open(path, &open)?, &options.limits, found).map_err(|error| error.of(path))

@@ -18,6 +18,7 @@
 //! written since the last [`Image::flush`]; it never damages the image, and at worst leaves clusters that are allocated
 //! and unused.
 
+mod bitmap;
 mod commit;
 mod disk;
 mod parallel;
@@ -27,16 +28,19 @@ mod raw;
 mod rebase;
 mod resize;
 mod snapshot;
+mod vmdk;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use bitmap::DirtyBits;
 pub use commit::{Commit, CommitOptions};
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;
 pub(crate) use raw::RawWriter;
 pub use rebase::{Rebase, RebaseMode};
 pub use resize::Preallocation;
+pub(crate) use vmdk::VmdkWriter;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -62,12 +66,10 @@ pub(crate) trait Writer: Send + Sync {
     fn flush(&self) -> Result<()>;
     /// Flushes, and tidies up.
     fn close(&self) -> Result<()>;
-    /// Changes the size of the disk. Only for formats without a writer of their own for that.
-    fn resize(&self, _size: u64, _how: Preallocation) -> Result<()> {
-        Err(Error::unsupported("resizing this image"))
+    /// Changes the size of the disk, and tells what the image shows then. qcow2 has a way of its own.
+    fn resize(&self, _size: u64, _how: Preallocation) -> Result<Box<dyn Layout>> {
+        Err(Error::unsupported("resizing an image of this format"))
     }
-    /// What the image shows now.
-    fn new_layout(&self) -> Result<Box<dyn Layout>>;
     /// The writer of a qcow2 image, for changes that only that format has.
     fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
         None
@@ -151,10 +153,10 @@ impl Image {
             return self.named(Err(Error::unsupported(format!("changing the {what} of a {format} image"))));
         };
         let result = change(&writer);
-        let layout = writer.new_layout();
+        let layout = writer.layout();
         let result = result.and_then(|value| layout.map(|layout| (value, layout)));
         let (value, layout) = self.named(result)?;
-        self.replace_top(layout);
+        self.replace_top(Box::new(layout));
         Ok(value)
     }
 

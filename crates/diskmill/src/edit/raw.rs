@@ -52,7 +52,7 @@ impl Writer for RawWriter {
         self.disk.zero(range.start, range.end - range.start, false)
     }
 
-    fn resize(&self, size: u64, how: Preallocation) -> Result<()> {
+    fn resize(&self, size: u64, how: Preallocation) -> Result<Box<dyn Layout>> {
         if how == Preallocation::Metadata {
             return Err(
                 Error::unsupported("preallocation=metadata of a raw image").hint("off, falloc or full")
@@ -67,10 +67,7 @@ impl Writer for RawWriter {
         grow().inspect_err(|_| {
             let _ = self.disk.set_len(old);
         })?;
-        self.disk.sync()
-    }
-
-    fn new_layout(&self) -> Result<Box<dyn Layout>> {
+        self.disk.sync()?;
         Ok(Box::new(self.layout()?))
     }
 

@@ -42,9 +42,7 @@ impl Image {
             return Err(Error::invalid("the image was not opened for writing"));
         };
         let Some(writer) = writer.qcow2().map(Arc::clone) else {
-            let resized = writer.resize(size, preallocation);
-            let layout = resized.and_then(|()| writer.new_layout());
-            let layout = self.named(layout)?;
+            let layout = self.named(writer.resize(size, preallocation))?;
             self.replace_top(layout);
             return Ok(());
         };

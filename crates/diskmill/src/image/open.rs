@@ -12,7 +12,7 @@ use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
 use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
 
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
-use crate::edit::{Qcow2Writer, RawWriter};
+use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
 use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
@@ -253,8 +253,9 @@ impl<'a> Opener<'a> {
         };
         let id = self.file_id(&storage, &path);
         let writable = self.writable();
-        if writable && (snapshot.is_some() || self.options.metadata_only) {
-            return Err(Error::invalid("a snapshot cannot be written to, nor an image without its files"));
+        let part = self.options.metadata_only || self.options.no_backing;
+        if writable && (snapshot.is_some() || part) {
+            return Err(Error::invalid("a snapshot, or a part of an image, cannot be written to"));
         }
         let (layout, next): (Box<dyn Layout>, _) = match format {
             Format::Raw if snapshot.is_some() => return Err(Error::invalid("a raw image has no snapshots")),
@@ -269,11 +270,17 @@ impl<'a> Opener<'a> {
             _ if snapshot.is_some() => {
                 return Err(Error::invalid(format!("{format} has no internal snapshots")));
             }
-            Format::Vmdk | Format::Ova if writable => {
-                return Err(Error::unsupported(format!("writing to {format} images")));
+            Format::Ova if writable => {
+                return Err(Error::unsupported("writing to a disk inside an archive"));
             }
             Format::Vmdk => {
-                let (layout, next) = self.vmdk(&storage, id, &path, root)?;
+                let (mut layout, next) = self.vmdk(&storage, id, &path, root)?;
+                if writable {
+                    let own = ExtentFile::new(storage, id, &path)?;
+                    let limits = &self.options.limits;
+                    let writer = VmdkWriter::open(&mut layout, &own, next.is_some(), limits)?;
+                    self.image.writer = Some(Box::new(writer));
+                }
                 (Box::new(layout), next)
             }
             Format::Ova => return self.ova(&storage, path, root),
@@ -325,7 +332,9 @@ impl<'a> Opener<'a> {
         };
         let backing_format = read.area.extensions.backing_format.as_deref().map(lossy);
         let next = match &read.area.backing_name {
-            Some(name) if !self.options.metadata_only && self.depth != Depth::Alone => {
+            Some(name)
+                if !self.options.metadata_only && !self.options.no_backing && self.depth != Depth::Alone =>
+            {
                 let named = resolve(name, path, "backing file")?;
                 let format =
                     backing_format.as_deref().filter(|name| !name.is_empty()).map(str::parse).transpose()?;
@@ -404,7 +413,7 @@ impl Opener<'_> {
         };
         let (layout, parent) = crate::vmdk::open(&own, options, &mut open)?;
         let Some(Parent { candidates, cid }) =
-            parent.filter(|_| !options.metadata_only && self.depth != Depth::Alone)
+            parent.filter(|_| !options.metadata_only && !options.no_backing && self.depth != Depth::Alone)
         else {
             return Ok((layout, None));
         };

@@ -1,6 +1,7 @@
 //! qcow2: opening and mapping existing images, and assembling fresh ones.
 
 mod assembler;
+mod bits;
 mod encryption;
 mod layout;
 mod options;
@@ -8,6 +9,7 @@ mod preallocated;
 mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
+pub(crate) use bits::{Bits, read_table};
 pub use encryption::LuksOptions;
 pub(crate) use layout::{FileLen, Files, Qcow2Layout};
 pub use options::{Compat, Preallocation, Qcow2Options};
@@ -66,10 +68,12 @@ impl Qcow2Info {
 /// [`Kind::Corrupt`] or [`Kind::Limit`] for a bad directory;
 /// [`Kind::Io`].
 pub fn read_bitmaps(info: &Qcow2Info, file: &dyn Storage, limits: &Limits) -> Result<Vec<Bitmap>> {
-    let Some((count, at, len)) = info.area.extensions.bitmaps else { return Ok(Vec::new()) };
-    if info.area.header.autoclear & feature::BITMAPS == 0 {
-        return Ok(Vec::new());
-    }
+    read_directory(&info.area, file, limits)
+}
+
+/// As [`read_bitmaps`].
+pub(crate) fn read_directory(area: &HeaderArea, file: &dyn Storage, limits: &Limits) -> Result<Vec<Bitmap>> {
+    let Some((count, at, len)) = area.bitmap_directory() else { return Ok(Vec::new()) };
     if len > limits.qcow2_bitmap_directory_bytes {
         let message = format!("{len} bytes long; at most {} are read", limits.qcow2_bitmap_directory_bytes);
         return Err(Error::new(Kind::Limit, message).within("bitmap directory", at));

@@ -1,4 +1,5 @@
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use diskmill_codec::{Codec, Unpacker};
 use diskmill_format::vmdk::sesparse::{self, SeGrain};
@@ -39,7 +40,7 @@ struct Packing {
 /// What the three kinds of sparse extents have of their own.
 enum Kinds {
     /// `KDMV`.
-    Hosted { zeroed_grains: bool, packing: Option<Packing> },
+    Hosted { zeroed_grains: bool, packing: Option<Packing>, overhead: u64 },
     /// `COWD`.
     Cowd,
     /// seSparse.
@@ -47,14 +48,16 @@ enum Kinds {
 }
 
 /// The two-level grain map of a sparse extent: directory → tables → grains.
-pub(super) struct GrainMap {
+pub(crate) struct GrainMap {
     file: ExtentFile,
     geometry: SparseGeometry,
     kind: Kinds,
     directory: u64,
     /// The redundant directory, if there is one within the file.
     redundant: Option<u64>,
-    tables: TableCache,
+    tables: Box<dyn Tables>,
+    /// Bytes in the file.
+    len: Arc<AtomicU64>,
     /// Bytes that the last grain unpacks to, where the disk ends inside it: some writers pad it, some do not.
     last_unit: OnceLock<u32>,
     late: Mutex<Vec<String>>,
@@ -70,7 +73,8 @@ impl GrainMap {
     ) -> Result<Self> {
         let geometry = header.geometry(limits)?;
         let packing = header.compressed().then_some(Packing { markers: header.markers() });
-        let kind = Kinds::Hosted { zeroed_grains: header.zeroed_grains(), packing };
+        let overhead = sector_offset(header.overhead, "sparse extent header")?;
+        let kind = Kinds::Hosted { zeroed_grains: header.zeroed_grains(), packing, overhead };
         let directory = sector_offset(header.gd_offset, "grain directory")?;
         let mut map = Self::new(file, geometry, kind, directory);
         map.redundant = match header.redundant_directory() {
@@ -97,8 +101,9 @@ impl GrainMap {
     }
 
     fn new(file: ExtentFile, geometry: SparseGeometry, kind: Kinds, directory: u64) -> Self {
-        let tables = TableCache::new(file.storage.clone(), file.len);
+        let tables = Box::new(TableCache::new(file.storage.clone(), file.len));
         Self {
+            len: Arc::new(file.len.into()),
             file,
             geometry,
             kind,
@@ -110,7 +115,59 @@ impl GrainMap {
         }
     }
 
-    pub(super) const fn geometry(&self) -> SparseGeometry {
+    /// From now on tables come from `tables`, and the file, whose length `len` keeps, is being written to.
+    pub(crate) fn follow(&mut self, tables: Box<dyn Tables>, len: Arc<AtomicU64>) {
+        self.tables = tables;
+        self.len = len;
+    }
+
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Byte offset of the first grain and whether an entry of 1 is a grain of zeros, for an extent that grains can be
+    /// added to.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] for the other kinds of sparse extents.
+    pub(crate) fn growable(&self) -> Result<(u64, bool)> {
+        match &self.kind {
+            Kinds::Hosted { zeroed_grains, packing: None, overhead } => Ok((*overhead, *zeroed_grains)),
+            Kinds::Hosted { .. } => Err(Error::unsupported("writing to a VMDK with compressed grains")),
+            Kinds::Cowd => Err(Error::unsupported("writing to a COWD sparse extent")),
+            Kinds::Se(_) => Err(Error::unsupported("writing to an seSparse extent")),
+        }
+    }
+
+    /// Where the grain table of number `table` stands, and its redundant copy, for changing them.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] if one of them is damaged: what is written could not be told from what is not.
+    pub(crate) fn both_tables(&self, table: u64) -> Result<(u64, Option<u64>)> {
+        let place = || format!("grain directory, entry {table}");
+        let sound = |found: Result<Option<u64>>, directory: u64| {
+            match found {
+                Ok(Some(at)) if self.fits(at, self.table_len()) => Ok(at),
+                Ok(Some(at)) => Err(self.past_end("the grain table", at)),
+                Ok(None) => Err(Error::unsupported("writing where a grain table was never made")),
+                Err(error) => Err(error),
+            }
+            .map_err(|error| error.within(place(), directory + table * self.entry_bytes()))
+        };
+        let primary = sound(self.entry(self.directory, table), self.directory)?;
+        let redundant = match self.redundant {
+            Some(directory) => Some(sound(self.entry(directory, table), directory)?),
+            None => None,
+        };
+        if self.copy_of_zeroed(table, primary).is_some() {
+            let why = "it is all zeros and its redundant copy is not: the image is damaged";
+            return Err(Error::corrupt(format!("grain table {table}"), Some(primary), why)
+                .hint("a conversion reads the copy"));
+        }
+        Ok((primary, redundant.filter(|&copy| copy != primary)))
+    }
+
+    pub(crate) const fn geometry(&self) -> SparseGeometry {
         self.geometry
     }
 
@@ -118,7 +175,7 @@ impl GrainMap {
         matches!(self.kind, Kinds::Hosted { packing: Some(_), .. })
     }
 
-    pub(super) const fn file(&self) -> &ExtentFile {
+    pub(crate) const fn file(&self) -> &ExtentFile {
         &self.file
     }
 
@@ -146,12 +203,12 @@ impl GrainMap {
         self.geometry.tables * self.entry_bytes()
     }
 
-    const fn table_len(&self) -> u64 {
+    pub(crate) const fn table_len(&self) -> u64 {
         self.geometry.table_entries * self.entry_bytes()
     }
 
     fn fits(&self, at: u64, len: u64) -> bool {
-        at.checked_add(len).is_some_and(|end| end <= self.file.len)
+        at.checked_add(len).is_some_and(|end| end <= self.len())
     }
 
     /// Looks at each directory entry once, so that damage is told when the image is opened. Falls back on the
@@ -161,7 +218,7 @@ impl GrainMap {
             let Some(redundant) = self.redundant.take() else {
                 let message = format!(
                     "it lies past the end of the file ({} bytes): the image is truncated",
-                    self.file.len
+                    self.len()
                 );
                 return Err(Error::corrupt("grain directory", Some(self.directory), message));
             };
@@ -236,7 +293,7 @@ impl GrainMap {
     }
 
     fn past_end(&self, what: &str, at: u64) -> Error {
-        let len = self.file.len;
+        let len = self.len();
         Error::new(
             Kind::Corrupt,
             format!(
@@ -279,7 +336,7 @@ impl GrainMap {
         };
         let place = || (format!("grain table {table}, entry {index}"), at + index * size);
         match decoded {
-            Ok(Grain::At(grain)) if grain >= self.file.len => {
+            Ok(Grain::At(grain)) if grain >= self.len() => {
                 let (structure, offset) = place();
                 Err(self.past_end("a grain", grain).within(structure, offset))
             }
@@ -385,7 +442,7 @@ impl GrainMap {
             Grain::Zero => LayerExtent { len, source: LayerSource::Zero(None) },
             Grain::At(host) => {
                 let host = host.saturating_add(within);
-                let Some(left) = self.file.len.checked_sub(host).filter(|&left| left > 0) else {
+                let Some(left) = self.len().checked_sub(host).filter(|&left| left > 0) else {
                     let place = format!("grain table {table}, entry {index}");
                     let error =
                         self.past_end("a grain", host).within(place, table_at + index * self.entry_bytes());
@@ -410,7 +467,7 @@ impl GrainMap {
         let lead = if packing.markers { marker::GRAIN_MARKER_BYTES } else { 0 };
         let place = format!("compressed grain {number}");
         let payload = host.saturating_add(lead);
-        let Some(left) = self.file.len.checked_sub(payload).filter(|&left| left > 0) else {
+        let Some(left) = self.len().checked_sub(payload).filter(|&left| left > 0) else {
             return Err(self.past_end("a compressed grain", host).within(place, host));
         };
         // In a stream the next grain follows, which bounds the payload without a read of its marker: each grain's

@@ -1,5 +1,8 @@
+use std::sync::Arc;
+
 use diskmill_format::GuestOffset;
 
+use super::ExtentFile;
 use super::grains::GrainMap;
 use crate::error::{Error, Kind};
 use crate::layout::{ImageInfo, LayerExtent, LayerSource, Layout, MapError};
@@ -9,28 +12,30 @@ use crate::raw::FileRuns;
 pub(crate) struct VmdkLayout {
     pub(super) info: ImageInfo,
     /// In guest order and without gaps.
-    pub(super) parts: Vec<Part>,
+    pub(crate) parts: Vec<Part>,
 }
 
 /// An extent in its place.
-pub(super) struct Part {
+pub(crate) struct Part {
     /// First guest byte.
-    pub(super) start: u64,
+    pub(crate) start: u64,
     /// Guest bytes.
-    pub(super) len: u64,
-    pub(super) source: PartSource,
+    pub(crate) len: u64,
+    pub(crate) source: PartSource,
+    /// The descriptor forbids to write to it.
+    pub(crate) read_only: bool,
 }
 
-pub(super) enum PartSource {
+pub(crate) enum PartSource {
     /// Zeros.
     Zero,
     /// A flat file from byte `offset` on.
     Flat {
         runs: FileRuns,
         offset: u64,
-        path: std::path::PathBuf,
+        file: ExtentFile,
     },
-    Sparse(Box<GrainMap>),
+    Sparse(Arc<GrainMap>),
     /// Not opened: only the metadata was asked for.
     Closed,
 }
@@ -45,9 +50,9 @@ impl Part {
             PartSource::Sparse(map) => map
                 .map(within, max)
                 .map_err(|MapError { error, len }| MapError { error: error.of(&map.file().path), len }),
-            PartSource::Flat { runs, offset, path } => {
+            PartSource::Flat { runs, offset, file, .. } => {
                 let at = offset.saturating_add(within);
-                let failed = |error: Error| MapError { error: error.of(path), len: max };
+                let failed = |error: Error| MapError { error: error.of(&file.path), len: max };
                 match runs.map(at, max).map_err(|error| failed(error.error))? {
                     Some(extent) => Ok(extent),
                     None => {

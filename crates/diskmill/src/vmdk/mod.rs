@@ -19,7 +19,8 @@ use diskmill_io::SharedStorage;
 use crate::error::{Error, Result};
 use crate::layout::FileId;
 
-pub(crate) use layout::VmdkLayout;
+pub(crate) use grains::GrainMap;
+pub(crate) use layout::{Part, PartSource, VmdkLayout};
 pub(crate) use open::{Parent, open};
 pub use options::{Subformat, VmdkOptions};
 pub use pipe::VmdkStream;

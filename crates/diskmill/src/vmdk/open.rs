@@ -1,5 +1,6 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use diskmill_format::vmdk::descriptor::{Access, NO_PARENT};
 use diskmill_format::vmdk::{
@@ -231,7 +232,11 @@ impl Opening<'_> {
             return Err(Error::corrupt("descriptor", None, "it has no extents"));
         }
         for extent in &descriptor.extents {
+            let before = self.parts.len();
             self.extent(descriptor, extent, files)?;
+            for part in self.parts.iter_mut().skip(before) {
+                part.read_only = extent.access != Access::ReadWrite;
+            }
         }
         Ok(())
     }
@@ -285,7 +290,7 @@ impl Opening<'_> {
             _ => {
                 let runs = FileRuns::new(file.storage.clone(), file.id)?;
                 let offset = extent.file_offset()?;
-                self.add(info, PartSource::Flat { runs, offset, path: file.path });
+                self.add(info, PartSource::Flat { runs, offset, file });
             }
         }
         Ok(())
@@ -325,7 +330,7 @@ impl Opening<'_> {
             grain_size: Some(geometry.grain_bytes),
             compressed: map.compressed(),
         };
-        self.add(info, PartSource::Sparse(Box::new(map)));
+        self.add(info, PartSource::Sparse(Arc::new(map)));
     }
 
     fn add(&mut self, info: VmdkExtent, source: PartSource) {
@@ -334,7 +339,7 @@ impl Opening<'_> {
         self.size = start.saturating_add(len);
         self.extents.push(info);
         if len > 0 {
-            self.parts.push(Part { start, len, source });
+            self.parts.push(Part { start, len, source, read_only: false });
         }
     }
 

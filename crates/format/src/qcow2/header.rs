@@ -333,6 +333,12 @@ impl HeaderArea {
         Ok(Self { header, extensions, backing_name })
     }
 
+    /// The bitmap directory, as [`Extensions::bitmaps`] has it; `None` if the image says that it is out of date.
+    #[must_use]
+    pub fn bitmap_directory(&self) -> Option<(u32, u64, u64)> {
+        self.extensions.bitmaps.filter(|_| self.header.autoclear & feature::BITMAPS != 0)
+    }
+
     /// The bytes of the first cluster. Offsets and lengths that follow from the parts (`backing_name`,
     /// `header_length`, the feature name table) are filled in here; a feature name table that does not fit is left out.
     ///

@@ -349,7 +349,7 @@ impl Meta {
     }
 
     /// Refuses to let the guest write where the image has metadata of a fixed place.
-    fn guard(&self, host: HostOffset) -> Result<()> {
+    pub(super) fn guard(&self, host: HostOffset) -> Result<()> {
         let header = &self.area.header;
         let size = self.cluster_size();
         let hits = |start: u64, len: u64| host.get() < start.saturating_add(len) && start < moved(host, size);

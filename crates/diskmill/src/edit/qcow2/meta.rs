@@ -15,7 +15,7 @@ use crate::tables::SLICE;
 /// References to be given up that are held back until the next commit, at most about.
 const MOST_LOWERS: usize = 1 << 16;
 /// The part of the header that [`Header::patch`](diskmill_format::qcow2::Header::patch) may change.
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 
 /// Metadata of an image that is open for writing.
 ///

@@ -1,9 +1,12 @@
 //! Writing to qcow2 images.
 
 mod backing;
+mod bitmaps;
 mod cache;
+mod extension;
 mod guest;
 mod meta;
+mod recorder;
 mod refcounts;
 mod resize;
 mod snapshots;
@@ -21,14 +24,17 @@ use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::{FileId, Layout};
+use crate::layout::FileId;
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
+pub(crate) use bitmaps::check as check_bitmap;
 use meta::Meta;
+use recorder::Recorder;
 
 /// An open qcow2 image that can be written to.
 ///
-/// Locks, in the order in which they are taken: a range of guest clusters (`ranges`), then the metadata (`meta`). Guest
+/// Locks, in the order in which they are taken: a range of guest clusters (`ranges`), then the metadata (`meta`), then
+/// the dirty bitmaps (`recorder`). Guest
 /// data moves under the range alone; the metadata is locked to look places up, and again to publish them. So an entry
 /// only ever points to bytes that were written before, and the barriers of a commit cover them.
 pub(crate) struct Qcow2Writer {
@@ -37,6 +43,7 @@ pub(crate) struct Qcow2Writer {
     data: Arc<Disk>,
     ranges: RangeLocks,
     meta: Mutex<Meta>,
+    recorder: Recorder,
     /// Unallocated clusters show a backing file.
     backed: bool,
     /// Guest clusters are in an external data file.
@@ -58,7 +65,7 @@ impl Qcow2Writer {
         info: &Qcow2Info,
         limits: &Limits,
     ) -> Result<Self> {
-        refuse(info, file, limits)?;
+        refuse(info)?;
         let area: HeaderArea = info.area.clone();
         let header = &area.header;
         let (backed, raw_data) =
@@ -68,8 +75,11 @@ impl Qcow2Writer {
         let data = data.map(|(data, _)| Disk::new(Arc::clone(data)).map(Arc::new)).transpose()?;
         let mut meta = Meta::open(Arc::clone(&disk), data.clone(), area, limits.clone())?;
         meta.clear_unknown_features()?;
+        let recorder = Recorder::default();
+        recorder.load(&meta)?;
         Ok(Self {
             external: data.is_some(),
+            recorder,
             data: data.unwrap_or_else(|| Arc::clone(&disk)),
             disk,
             ranges: RangeLocks::default(),
@@ -100,7 +110,7 @@ impl Qcow2Writer {
 }
 
 /// Refuses an image that must not be written to as it is.
-fn refuse(info: &Qcow2Info, file: &SharedStorage, limits: &Limits) -> Result<()> {
+fn refuse(info: &Qcow2Info) -> Result<()> {
     if info.corrupt {
         return Err(Error::new(Kind::Corrupt, "the image is marked as corrupt: it is not written to")
             .hint("`qemu-img check -r all` repairs it and clears the mark"));
@@ -109,16 +119,7 @@ fn refuse(info: &Qcow2Info, file: &SharedStorage, limits: &Limits) -> Result<()>
         return Err(Error::unsupported("writing to an image whose refcounts are out of date (dirty bit)")
             .hint("`qemu-img check -r all` brings them up to date"));
     }
-    crate::qcow2::refuse_encryption(&info.area.header)?;
-    let bitmaps = crate::qcow2::read_bitmaps(info, &**file, limits)?;
-    if let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.auto && !bitmap.in_use) {
-        let name = crate::qcow2::lossy(&bitmap.name);
-        return Err(Error::unsupported(format!(
-            "recording writes in a persistent bitmap ({name:?} is enabled)"
-        ))
-        .hint("`qemu-img bitmap --disable` or `--remove` allows to write"));
-    }
-    Ok(())
+    crate::qcow2::refuse_encryption(&info.area.header)
 }
 
 impl Tables for Qcow2Writer {
@@ -141,23 +142,22 @@ impl Writer for Arc<Qcow2Writer> {
     }
 
     fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+        self.recorder.record(&self.disk, &(at..at.saturating_add(buf.len() as u64)))?;
         self.write_guest(image, buf, at)
     }
 
     fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {
+        self.recorder.record(&self.disk, &range)?;
         self.zero_guest(image, range, how)
     }
 
     fn discard(&self, image: &Image, range: Range<u64>) -> Result<()> {
+        self.recorder.record(&self.disk, &range)?;
         self.discard_guest(image, range)
     }
 
     fn qcow2(&self) -> Option<&Arc<Qcow2Writer>> {
         Some(self)
-    }
-
-    fn new_layout(&self) -> Result<Box<dyn Layout>> {
-        Ok(Box::new(self.layout()?))
     }
 
     fn flush(&self) -> Result<()> {
@@ -167,7 +167,10 @@ impl Writer for Arc<Qcow2Writer> {
     }
 
     fn close(&self) -> Result<()> {
-        self.meta().close()
+        let mut meta = self.meta();
+        // What cannot be saved stays marked as in use; the image itself is closed all the same.
+        let saved = self.recorder.save(&mut meta);
+        meta.close().and(saved)
     }
 }
 

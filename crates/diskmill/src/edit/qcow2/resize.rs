@@ -266,7 +266,7 @@ impl Meta {
     }
 
     /// Clusters behind all others, with refcount 1: as many as asked for, without a gap.
-    fn allocate_at_end(&mut self, clusters: u64) -> Result<super::refcounts::Run> {
+    pub(super) fn allocate_at_end(&mut self, clusters: u64) -> Result<super::refcounts::Run> {
         self.begin_behind_all(false)?;
         let run = self.take_behind_all(clusters);
         self.switch = None;

@@ -1,0 +1,289 @@
+//! Persistent bitmaps: changes of their directory.
+//!
+//! What changes is written beside the old: bits, tables and a directory in new clusters; barrier; then the header names
+//! the new directory; barrier; then the old clusters are given up. A crash leaves the bitmaps as they were or as they
+//! are to be, but for the cases that [`Meta::link_bitmaps`] tells.
+
+use std::collections::BTreeSet;
+
+use diskmill_format::HostOffset;
+use diskmill_format::qcow2::{Bitmap, BitmapCluster};
+
+use super::Qcow2Writer;
+use super::meta::Meta;
+use crate::error::{Error, Kind, Result};
+use crate::qcow2::{Bits, lossy, read_directory, read_table};
+use crate::reader::read_exact;
+
+/// A change of the directory that is being prepared.
+pub(super) struct Draft {
+    /// The directory as it is to be.
+    pub(super) bitmaps: Vec<Bitmap>,
+    /// Clusters that were taken for it.
+    taken: Vec<u64>,
+    /// Clusters that are given up once it is there.
+    freed: BTreeSet<u64>,
+}
+
+impl Qcow2Writer {
+    /// The bitmaps of the image, with the bits of the one called `name` as of now.
+    pub(crate) fn dirty_bits(&self, name: &str) -> Result<(Bitmap, Bits)> {
+        let mut meta = self.meta();
+        self.recorder.save(&mut meta)?;
+        let bitmap = find(&meta.bitmaps()?, name)?.clone();
+        let bits = meta.read_bits(&bitmap)?;
+        Ok((bitmap, bits))
+    }
+
+    /// Adds `bitmap`, whose table is made here.
+    pub(crate) fn add_bitmap(&self, bitmap: Bitmap) -> Result<()> {
+        self.change_bitmaps(|meta, draft| {
+            if draft.bitmaps.iter().any(|other| other.name == bitmap.name) {
+                return Err(Error::invalid(format!("Bitmap already exists: {}", lossy(&bitmap.name))));
+            }
+            if draft.bitmaps.len() as u64 >= u64::from(meta.limits.qcow2_bitmaps) {
+                return Err(Error::new(Kind::Limit, "Too many persistent bitmaps"));
+            }
+            let bitmap = meta.store_bits(draft, bitmap, &Bits::default())?;
+            draft.bitmaps.push(bitmap);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn remove_bitmap(&self, name: &str) -> Result<()> {
+        self.change_bitmaps(|meta, draft| {
+            let index = position(&draft.bitmaps, name)?;
+            let bitmap = draft.bitmaps.remove(index);
+            meta.free_bits(draft, &bitmap);
+            Ok(())
+        })
+    }
+
+    pub(crate) fn enable_bitmap(&self, name: &str, enable: bool) -> Result<()> {
+        self.change_bitmaps(|_, draft| {
+            usable(draft, name)?.auto = enable;
+            Ok(())
+        })
+    }
+
+    /// Replaces the bits of a bitmap by what `change` makes of them.
+    pub(crate) fn change_bits(&self, name: &str, change: impl FnOnce(&Bitmap, Bits) -> Bits) -> Result<()> {
+        self.change_bitmaps(|meta, draft| {
+            let bitmap = usable(draft, name)?.clone();
+            let old = meta.read_bits(&bitmap)?;
+            let new = change(&bitmap, old.clone());
+            if new != old {
+                meta.free_bits(draft, &bitmap);
+                let bitmap = meta.store_bits(draft, bitmap, &new)?;
+                *usable(draft, name)? = bitmap;
+            }
+            Ok(())
+        })
+    }
+
+    fn change_bitmaps<T>(&self, change: impl FnOnce(&mut Meta, &mut Draft) -> Result<T>) -> Result<T> {
+        let mut meta = self.meta();
+        self.recorder.save(&mut meta)?;
+        let result = meta.change_bitmaps(change);
+        // The bitmaps that are enabled may be others now, and stand elsewhere.
+        self.recorder.load(&meta).and(result)
+    }
+}
+
+fn position(bitmaps: &[Bitmap], name: &str) -> Result<usize> {
+    let found = bitmaps.iter().position(|bitmap| bitmap.name == name.as_bytes());
+    found.ok_or_else(|| Error::invalid(format!("Dirty bitmap '{name}' not found")))
+}
+
+fn find<'b>(bitmaps: &'b [Bitmap], name: &str) -> Result<&'b Bitmap> {
+    let found = bitmaps.get(position(bitmaps, name)?);
+    found.map_or_else(|| Err(Error::invalid("no such bitmap")), |bitmap| check(bitmap).map(|()| bitmap))
+}
+
+/// The bitmap called `name`, if its bits can be trusted.
+fn usable<'d>(draft: &'d mut Draft, name: &str) -> Result<&'d mut Bitmap> {
+    let index = position(&draft.bitmaps, name)?;
+    let found = draft.bitmaps.get_mut(index).ok_or_else(|| Error::invalid("no such bitmap"))?;
+    check(found).map(|()| found)
+}
+
+/// Refuses a bitmap that must not be used.
+pub(crate) fn check(bitmap: &Bitmap) -> Result<()> {
+    let name = lossy(&bitmap.name);
+    if bitmap.in_use {
+        let why = format!("Bitmap '{name}' is inconsistent and cannot be used");
+        return Err(
+            Error::new(Kind::Corrupt, why).hint("it was not saved; removing it leaves the disk as it is")
+        );
+    }
+    if !bitmap.extra.is_empty() && !bitmap.extra_compatible {
+        return Err(Error::unsupported(format!("bitmap '{name}', which has extra data of an unknown kind,")));
+    }
+    Ok(())
+}
+
+impl Meta {
+    /// The directory as the file has it.
+    pub(super) fn bitmaps(&self) -> Result<Vec<Bitmap>> {
+        read_directory(&self.area, &**self.disk.storage(), &self.limits)
+    }
+
+    fn read_bits(&self, bitmap: &Bitmap) -> Result<Bits> {
+        Bits::read(&**self.disk.storage(), bitmap, self.geometry, self.area.header.size, &self.limits)
+    }
+
+    pub(super) fn bitmap_table(&self, bitmap: &Bitmap) -> Result<Vec<BitmapCluster>> {
+        read_table(&**self.disk.storage(), bitmap, self.geometry, self.area.header.size, &self.limits)
+    }
+
+    fn change_bitmaps<T>(&mut self, change: impl FnOnce(&mut Self, &mut Draft) -> Result<T>) -> Result<T> {
+        if self.area.header.version < 3 {
+            return Err(Error::unsupported("a persistent bitmap in a version 2 image (compat=0.10)")
+                .hint("`qemu-img amend -o compat=1.1` makes it version 3"));
+        }
+        let mut draft = Draft { bitmaps: self.bitmaps()?, taken: Vec::new(), freed: BTreeSet::new() };
+        if let Some((_, at, len)) = self.area.bitmap_directory() {
+            draft.freed.extend(self.clusters(at, len));
+        }
+        let prepared = change(self, &mut draft).and_then(|value| {
+            let directory = self.store_directory(&mut draft)?;
+            self.commit()?;
+            Ok((value, directory))
+        });
+        let (value, directory) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                for host in draft.taken {
+                    // At worst the cluster is leaked.
+                    let _ = self.lower(host);
+                }
+                return Err(error);
+            }
+        };
+        self.link_bitmaps(directory)?;
+        draft.freed.into_iter().try_for_each(|host| self.lower(host))?;
+        self.commit()?;
+        Ok(value)
+    }
+
+    /// The clusters that `len` bytes at `at` touch, by their offsets.
+    fn clusters(&self, at: u64, len: u64) -> impl Iterator<Item = u64> + use<> {
+        let bits = self.geometry.cluster_bits();
+        (at >> bits..at.saturating_add(len).div_ceil(1 << bits)).map(move |cluster| cluster << bits)
+    }
+
+    /// Takes clusters for `len` bytes one behind the other. Returns where they stand.
+    fn take(&mut self, draft: &mut Draft, len: u64) -> Result<u64> {
+        let run = match len.div_ceil(self.cluster_size()) {
+            0 | 1 => self.allocate(1)?,
+            clusters => self.allocate_at_end(clusters)?,
+        };
+        draft.taken.extend(self.clusters(run.host, len));
+        Ok(run.host)
+    }
+
+    /// Writes `bits` to new clusters, and a table of them. Returns `bitmap` with that table.
+    fn store_bits(&mut self, draft: &mut Draft, bitmap: Bitmap, bits: &Bits) -> Result<Bitmap> {
+        let size = self.cluster_size();
+        let entries = bitmap.table_entries(self.area.header.size, self.geometry);
+        if entries == 0 {
+            return Err(Error::unsupported("a persistent bitmap of an empty disk"));
+        }
+        if entries.saturating_mul(size) > self.limits.qcow2_bitmap_bytes {
+            let why = "Too much space will be occupied by the bitmap. Use larger granularity";
+            return Err(Error::new(Kind::Limit, why));
+        }
+        let mut table = vec![0; (entries * 8).next_multiple_of(size) as usize];
+        let mut cluster = vec![0; size as usize];
+        let mut next = bits.next_page(0);
+        while let Some(bit) = next {
+            let index = bit / (size * 8);
+            cluster.fill(0);
+            bits.merge_into(index * size * 8, &mut cluster);
+            let host = self.take(draft, size)?;
+            self.disk.write(&cluster, host)?;
+            put_entry(&mut table, index, BitmapCluster::Bits(HostOffset(host)));
+            next = bits.next_page((index + 1) * size * 8);
+        }
+        let host = self.take(draft, table.len() as u64)?;
+        self.disk.write(&table, host)?;
+        // The limit above keeps it small.
+        Ok(Bitmap { table_offset: HostOffset(host), table_size: entries as u32, ..bitmap })
+    }
+
+    /// Gives up what a bitmap takes. Of a damaged one only what can be told is given up: the rest is leaked.
+    fn free_bits(&mut self, draft: &mut Draft, bitmap: &Bitmap) {
+        let Ok(table) = self.bitmap_table(bitmap) else { return };
+        let bits = table.into_iter().filter_map(|entry| match entry {
+            BitmapCluster::Bits(host) => Some(host.get()),
+            BitmapCluster::Zeros | BitmapCluster::Ones => None,
+        });
+        let own = self.clusters(bitmap.table_offset.get(), u64::from(bitmap.table_size) * 8);
+        for host in own.chain(bits) {
+            if self.guard(HostOffset(host)).is_ok() && matches!(self.count(host / self.cluster_size()), Ok(1))
+            {
+                draft.freed.insert(host);
+            }
+        }
+    }
+
+    /// Writes the directory to new clusters. Returns how many bitmaps it has, where it stands and its length in bytes;
+    /// `None` without bitmaps.
+    fn store_directory(&mut self, draft: &mut Draft) -> Result<Option<(u32, u64, u64)>> {
+        let mut bytes = Vec::new();
+        for bitmap in &draft.bitmaps {
+            bytes.extend(bitmap.encode()?);
+        }
+        let len = bytes.len() as u64;
+        if len == 0 {
+            return Ok(None);
+        }
+        if len > self.limits.qcow2_bitmap_directory_bytes {
+            return Err(Error::new(Kind::Limit, "Not enough space in the bitmap directory"));
+        }
+        let host = self.take(draft, len)?;
+        bytes.resize(len.next_multiple_of(self.cluster_size()) as usize, 0);
+        self.disk.write(&bytes, host)?;
+        // The limit keeps it small.
+        Ok(Some((draft.bitmaps.len() as u32, host, len)))
+    }
+
+    /// Adds bits to a bitmap that is marked as in use, in place. Returns its table as it is to be written, once what it
+    /// points to is counted.
+    pub(super) fn add_bits(&mut self, bitmap: &Bitmap, bits: &Bits) -> Result<Vec<u8>> {
+        let size = self.cluster_size();
+        let mut table = self.bitmap_table(bitmap)?;
+        let mut cluster = vec![0; size as usize];
+        let mut next = bits.next_page(0);
+        while let Some(bit) = next {
+            let index = bit / (size * 8);
+            next = bits.next_page((index + 1) * size * 8);
+            let Some(entry) = usize::try_from(index).ok().and_then(|index| table.get_mut(index)) else {
+                break;
+            };
+            let host = match *entry {
+                BitmapCluster::Ones => continue,
+                BitmapCluster::Zeros => {
+                    cluster.fill(0);
+                    self.allocate(1)?.host
+                }
+                BitmapCluster::Bits(host) => {
+                    self.guard(host)?;
+                    read_exact(&**self.disk.storage(), &mut cluster, host.get())?;
+                    host.get()
+                }
+            };
+            bits.merge_into(index * size * 8, &mut cluster);
+            self.disk.write(&cluster, host)?;
+            *entry = BitmapCluster::Bits(HostOffset(host));
+        }
+        Ok(table.into_iter().flat_map(|entry| entry.encode().to_be_bytes()).collect())
+    }
+}
+
+fn put_entry(table: &mut [u8], index: u64, entry: BitmapCluster) {
+    let entries = table.as_chunks_mut::<8>().0;
+    if let Some(slot) = usize::try_from(index).ok().and_then(|index| entries.get_mut(index)) {
+        *slot = entry.encode().to_be_bytes();
+    }
+}
