@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Bitmap(Box<crate::bitmap::BitmapArgs>),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Box<FsArgs>),
+    /// Keep appliances running between file-system commands
+    Session(Box<crate::session::SessionArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,

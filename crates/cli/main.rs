@@ -23,6 +23,7 @@ mod rebase;
 mod resize;
 mod secrets;
 mod serve;
+mod session;
 mod signals;
 mod size;
 mod snapshot;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
         Command::Fs(args) => fs::run(*args),
+        Command::Session(args) => session::run(*args),
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),

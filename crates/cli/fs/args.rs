@@ -108,8 +108,8 @@ pub(crate) struct ImageArgs {
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Vec<Key>,
 
-    /// Keep the session for the next command on this image: not supported yet
-    #[arg(long, hide = true)]
+    /// Keep the session for the next commands on this image, which then take milliseconds (see `diskmill session`)
+    #[arg(long)]
     pub(crate) keep: bool,
 
     #[command(flatten)]

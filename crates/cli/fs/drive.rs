@@ -4,7 +4,6 @@
 use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -17,10 +16,10 @@ use diskmill_guestfs::Disk;
 use diskmill_nbd::{Address, ImageExport, Running, Settings};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
-use sha2::{Digest as _, Sha256};
 
 use super::args::ImageArgs;
 use super::guest::Access;
+use super::kept;
 use crate::args::OpenArgs;
 use crate::exit::{Exit, Failure};
 
@@ -55,13 +54,16 @@ impl Drive {
         access: Access,
         outlives: bool,
     ) -> Result<Self, Failure> {
+        if access == Access::Write {
+            make_way(file, args.quiet)?;
+        }
         let image = Image::open(file, &args.open.options(args.format))?;
         for warning in image.warnings().iter().filter(|_| !args.quiet) {
             eprintln!("diskmill: warning: {warning}");
         }
         match access {
             Access::Write => Self::direct(image, file),
-            Access::Read | Access::Discard if outlives => Self::by_companion(args, file),
+            Access::Read | Access::Discard if outlives => Self::by_companion(args, file, &image),
             Access::Read | Access::Discard => Self::by_server(image),
         }
     }
@@ -73,6 +75,7 @@ impl Drive {
 
     /// The same for a file that is written by a tool, in this format.
     pub(crate) fn for_writing(open: &OpenArgs, format: Option<Format>, file: &Path) -> Result<Self, Failure> {
+        make_way(file, false)?;
         Self::direct(Image::open(file, &open.options(format))?, file)
     }
 
@@ -94,7 +97,10 @@ impl Drive {
         // Reading it ourselves, we would be in the way.
         drop(image);
         let server = Server::None { _custody: Custody::take(file)? };
-        let disk = Disk::file(file, format).writable();
+        // In full: the session may be asked for by programs in other folders.
+        let full =
+            std::path::absolute(file).map_err(|error| Failure::failed(format!("{file:?}: {error}")))?;
+        let disk = Disk::file(full, format).writable();
         Ok(Self { disk, format, address: file.as_os_str().to_owned(), server })
     }
 
@@ -110,10 +116,10 @@ impl Drive {
         Ok(Self { disk, format: "raw", address: uri, server })
     }
 
-    fn by_companion(args: &ImageArgs, file: &Path) -> Result<Self, Failure> {
+    fn by_companion(args: &ImageArgs, file: &Path, image: &Image) -> Result<Self, Failure> {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
-        let socket = kept_socket(args, file).map_err(failed)?;
+        let socket = kept::socket(image, args, file).map_err(failed)?;
         let open = args.open.arguments().ok_or_else(|| {
             Failure::failed("a session of an encrypted image cannot be kept or mounted: its passphrase would have to be kept too")
         })?;
@@ -135,7 +141,7 @@ impl Drive {
             let _ = child.wait();
             return Err(Failure::failed(line.trim_end().to_owned()));
         };
-        let disk = Disk::nbd(&socket, file.to_string_lossy());
+        let disk = Disk::nbd(&socket, "");
         let server = Server::Companion { stdin };
         Ok(Self { disk, format: "raw", address: guestfish_uri(&socket), server })
     }
@@ -178,21 +184,13 @@ fn guestfish_uri(socket: &Path) -> OsString {
     uri
 }
 
-/// Where the companion for this very state of the image listens: the name is made of what makes the file what it is, so
-/// that a later program finds it, and not once the image was changed.
-pub(crate) fn kept_socket(args: &ImageArgs, file: &Path) -> io::Result<PathBuf> {
-    let meta = std::fs::metadata(file)?;
-    let mut hash = Sha256::new();
-    for number in [meta.dev(), meta.ino(), meta.size(), meta.mtime() as u64, meta.mtime_nsec() as u64] {
-        hash.update(number.to_le_bytes());
-    }
-    hash.update(args.format.map_or("", |format| format.name()));
-    for argument in args.open.arguments().unwrap_or_default() {
-        hash.update(argument.as_bytes());
-        hash.update([0]);
-    }
-    let name: String = hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect();
-    Ok(run_folder()?.join(name))
+fn make_way(file: &Path, quiet: bool) -> Result<(), Failure> {
+    let say = |text: &str| {
+        if !quiet {
+            eprintln!("diskmill: {text}");
+        }
+    };
+    kept::make_way(file, &say)
 }
 
 /// A folder of this user alone for sockets and notes, made where it is missing.

@@ -191,7 +191,7 @@ pub(crate) fn cat(args: &PathsArgs) -> Result<Exit, Failure> {
     }
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     for path in &args.paths {
-        guest.download(&guest_path(path), &mut io::stdout())?;
+        guest.print(&guest_path(path), &mut io::stdout())?;
     }
     io::stdout().flush()?;
     guest.finish()?;

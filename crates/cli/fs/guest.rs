@@ -4,15 +4,19 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use diskmill::Format;
 use diskmill_guestfs::{Command, Error, Kind, Session};
+use serde_json::{Value, json};
 
 use super::args::{GuestArgs, ImageArgs};
 use super::drive::Drive;
+use super::kept;
 use super::meta::{Entry, Meta};
 use super::name::{join, shown};
 use super::reply::{Record, lines, null_ended, pairs, texts};
+use super::settings::settings;
 use super::watch::{self, Watch};
 use super::{args::FileType, keys};
 use crate::exit::{Exit, Failure};
@@ -22,6 +26,9 @@ use crate::names;
 const BATCH: usize = 1000;
 /// Bytes of names for one such call.
 const BATCH_BYTES: usize = 512 << 10;
+
+/// Bytes up to which a file is read in one call, which may answer with 4 MiB.
+const SMALL: usize = 1 << 20;
 
 /// What a verb does to the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,17 +47,68 @@ pub(crate) struct Guest {
     watch: Watch,
     access: Access,
     quiet: bool,
-    /// What the appliance reads the image through; ends after the session.
-    _drive: Drive,
+    /// What the appliance reads the image through; ends after the session. `None` for a session that was kept.
+    drive: Option<Drive>,
+    /// How long the session is kept for the next command, if it is, and how it is called.
+    keep: Option<(Duration, String)>,
 }
+
+/// The note that tells what is mounted.
+const MOUNTED: &str = "mounted";
 
 impl Guest {
     /// Opens a session, with LUKS volumes opened and nothing mounted.
     pub(crate) fn unmounted(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
-        if args.keep {
-            return Err(Failure::usage("--keep is not supported yet: sessions end with their command"));
+        let mut guest = Self::open(args, file, access)?;
+        guest.forget_mounts()?;
+        Ok(guest)
+    }
+
+    /// Opens a session, or attaches to the one that is kept, with LUKS volumes opened.
+    fn open(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
+        if args.keep && access == Access::Discard {
+            return Err(Failure::usage(
+                "--keep is not supported with --discard: what is thrown away would stay",
+            ));
         }
-        Self::on(args, file, access, Drive::open(args, file, access, false)?)
+        if let Some(guest) = Self::attached(args, file, access)? {
+            return Ok(guest);
+        }
+        if !args.keep {
+            return Self::on(args, file, access, Drive::open(args, file, access, false)?);
+        }
+        let (settings, idle) = settings(&args.settings)?;
+        let _starting = kept::starting(file, settings.start_timeout)?;
+        if let Some(guest) = Self::attached(args, file, access)? {
+            return Ok(guest);
+        }
+        let mut guest = Self::on(args, file, access, Drive::open(args, file, access, true)?)?;
+        guest.keep = Some((idle, kept::label(file)));
+        Ok(guest)
+    }
+
+    /// Attaches to the session that is kept on this image, if there is one.
+    fn attached(args: &ImageArgs, file: &Path, access: Access) -> Result<Option<Self>, Failure> {
+        let watch = Watch::start(args.quiet)?;
+        let say = |text: &str| {
+            if !args.quiet {
+                watch.clear();
+                eprintln!("diskmill: {}: {text}", shown_file(file));
+            }
+        };
+        let Some(kept) = kept::find(args, file, access, &say)? else { return Ok(None) };
+        let options = watch.attach_options(&args.settings)?;
+        let session = match Session::attach(&kept, options) {
+            Ok(session) => session,
+            // It has ended meanwhile.
+            Err(error) if matches!(error.kind(), Kind::Died | Kind::Io) => return Ok(None),
+            Err(error) => return Err(watch.failure(error.of(shown_file(file)))),
+        };
+        // What is mounted serves readers and writers alike.
+        let access = if session.is_writable() { Access::Write } else { access };
+        let mut guest = Self { session, watch, access, quiet: args.quiet, drive: None, keep: None };
+        keys::unlock(&mut guest, &args.key)?;
+        Ok(Some(guest))
     }
 
     fn on(args: &ImageArgs, file: &Path, access: Access, drive: Drive) -> Result<Self, Failure> {
@@ -59,7 +117,7 @@ impl Guest {
         let session = Session::open(&[drive.disk()], options);
         watch.clear();
         let session = session.map_err(|error| watch.failure(error.of(shown_file(file))))?;
-        let mut guest = Self { session, watch, access, quiet: args.quiet, _drive: drive };
+        let mut guest = Self { session, watch, access, quiet: args.quiet, drive: Some(drive), keep: None };
         keys::unlock(&mut guest, &args.key)?;
         Ok(guest)
     }
@@ -67,9 +125,36 @@ impl Guest {
     /// Opens a session with file systems mounted: those that were asked for, those of the guest's operating system, or
     /// the only one there is.
     pub(crate) fn mounted(args: &GuestArgs, access: Access) -> Result<Self, Failure> {
-        let mut guest = Self::unmounted(&args.image, &args.file, access)?;
+        let mut guest = Self::open(&args.image, &args.file, access)?;
+        let wanted = mounts_note(args);
+        if guest.session.notes().get(MOUNTED) == Some(&wanted) {
+            return Ok(guest);
+        }
+        guest.forget_mounts()?;
         guest.mount(args).map_err(|failure| failure.of(&shown_file(&args.file)))?;
+        if guest.drive.is_none() || guest.keep.is_some() {
+            guest.note_mounts(Some(wanted))?;
+        }
         Ok(guest)
+    }
+
+    /// Unmounts what an earlier user of the session has mounted.
+    fn forget_mounts(&mut self) -> Result<(), Failure> {
+        if self.drive.is_some() {
+            return Ok(());
+        }
+        // First, so that nobody takes for mounted what no longer is.
+        self.note_mounts(None)?;
+        self.call(Command::new("umount-all")).map(drop)
+    }
+
+    fn note_mounts(&mut self, mounts: Option<Value>) -> Result<(), Failure> {
+        let mut notes = self.session.notes();
+        match mounts {
+            Some(mounts) => notes.insert(MOUNTED.to_owned(), mounts),
+            None => notes.remove(MOUNTED),
+        };
+        self.session.set_notes(&notes).map_err(|error| self.watch.failure(error))
     }
 
     /// Another image with the same options, to be read.
@@ -185,6 +270,7 @@ impl Guest {
             .collect();
         mounts.sort_by_key(|(_, folder)| folder.len());
         if !mounts.is_empty() {
+            self.note_mounts(None)?;
             self.call(Command::new("umount-all"))?;
         }
         Ok(mounts)
@@ -200,11 +286,34 @@ impl Guest {
         self.watch.clear();
     }
 
-    /// Ends the session. After a verb that writes, everything is in the image when this returns.
+    /// Ends the session, or lets go of it if it is kept. After a verb that writes, everything is in the image when this
+    /// returns.
     pub(crate) fn finish(self) -> Result<(), Failure> {
         self.watch.clear();
-        let closed = self.session.close();
-        closed.map_err(|error| self.watch.failure(error))
+        match (self.keep, self.drive) {
+            (Some((idle, label)), drive) => {
+                let kept = self.session.keep(idle, label).map_err(|error| self.watch.failure(error))?;
+                drive.map_or(Ok(()), |drive| drive.release(kept.pid()))?;
+                if !self.quiet {
+                    let (id, idle) = (kept.id(), idle.as_secs());
+                    eprintln!(
+                        "diskmill: session {id} is kept; it ends {idle} s after its last use, or with `diskmill session stop {id}`"
+                    );
+                }
+                Ok(())
+            }
+            (None, _drive) => self.session.close().map_err(|error| self.watch.failure(error)),
+        }
+    }
+
+    /// The name of the session.
+    pub(crate) fn session_id(&self) -> String {
+        self.session.id()
+    }
+
+    /// Whether it was there before this program.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.drive.is_none()
     }
 
     /// Says something that is no error.
@@ -360,6 +469,16 @@ impl Guest {
         links.iter().map(|name| self.readlink(&join(folder, name))).collect()
     }
 
+    /// Copies a file of the guest to `output`: a small one in one call, which takes milliseconds where a download, for
+    /// which the appliance starts a program, takes a hundred.
+    pub(crate) fn print(&mut self, path: &[u8], output: &mut dyn Write) -> Result<(), Failure> {
+        let command = Command::new("pread").arg(path).arg(SMALL.to_string()).arg("0");
+        match self.try_call(command)? {
+            Some(content) if content.len() < SMALL => Ok(output.write_all(&content)?),
+            _ => self.download(path, output).map(drop),
+        }
+    }
+
     /// Copies a file of the guest to `output`.
     pub(crate) fn download(&mut self, path: &[u8], output: &mut dyn Write) -> Result<u64, Failure> {
         let result = self.session.download(path_of(path), output);
@@ -420,6 +539,12 @@ impl Guest {
         let result = self.session.send(command, input, output);
         result.map_err(|error| self.watch.failure(error))
     }
+}
+
+/// What is to be mounted, for a later command to compare.
+fn mounts_note(args: &GuestArgs) -> Value {
+    let specs = args.mount.iter().map(|spec| [&spec.device, &spec.folder, &spec.options, &spec.fstype]);
+    json!({ "mount": specs.collect::<Vec<_>>(), "root": args.root })
 }
 
 /// How many of the names go into one call; at least one.

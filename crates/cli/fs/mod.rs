@@ -12,21 +12,22 @@ mod extract;
 mod extract_tests;
 mod files;
 mod grow;
-mod guest;
+pub(crate) mod guest;
 mod inspect;
+pub(crate) mod kept;
 mod keys;
 mod list;
 mod many;
 mod meta;
 mod name;
-mod output;
+pub(crate) mod output;
 mod pack;
 mod registry;
 mod reply;
 mod run;
 pub(crate) mod settings;
 mod sparsify;
-mod table;
+pub(crate) mod table;
 mod tools;
 pub(crate) mod watch;
 
@@ -35,6 +36,8 @@ use args::{FsArgs, Verb};
 use crate::exit::{Exit, Failure};
 
 pub(crate) fn run(args: FsArgs) -> Result<Exit, Failure> {
+    // Appliances may outlive us. Before Linux 5.11 they hold on to what our caller has open.
+    let _ = diskmill::inherit_nothing();
     match args.verb {
         Verb::List(args) => list::list(&args),
         Verb::Inspect(args) => inspect::inspect(&args),

@@ -9,7 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::guest::{cancelled, failure};
-use super::settings::{SettingsArgs, settings};
+use super::settings::{SettingsArgs, asked_for, settings};
 use crate::exit::{Exit, Failure};
 use crate::signals::ignored_signals;
 
@@ -73,6 +73,16 @@ impl Watch {
             bar.set_style(style);
         }
         Ok(Self { cancel: cancel()?, bar })
+    }
+
+    /// The options of a session that runs already: of the settings only the time limit of calls counts.
+    pub(crate) fn attach_options(&self, args: &SettingsArgs) -> Result<Options, Failure> {
+        let mut options =
+            Options::new(WatchdogCommand::this_program([KEEPER])).map_err(|error| failure(&error))?;
+        options.settings.call_timeout = asked_for(args)?.0.call_timeout;
+        options.cancel = self.cancel.clone();
+        options.listener = Some(self.listener());
+        Ok(options)
     }
 
     /// The options of a session that is watched.

@@ -44,7 +44,8 @@ pub use diskmill_codec::engines as codec_engines;
 pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
 pub use diskmill_io::{
-    Allocation, EngineChoice, EnginePlan, PipeReader, PipeWriter, reflinks_in, unlink_all_pending,
+    Allocation, EngineChoice, EnginePlan, PipeReader, PipeWriter, inherit_nothing, reflinks_in,
+    unlink_all_pending,
 };
 pub use error::{Error, Kind};
 pub use image::{Image, ImageFile, OpenOptions, SnapshotRef};

@@ -51,6 +51,15 @@ impl Disk {
         }
     }
 
+    /// The socket and the export of the NBD server that it comes from, if it does.
+    #[must_use]
+    pub fn served(&self) -> Option<(&Path, &str)> {
+        match &self.source {
+            Source::File(_) => None,
+            Source::Nbd { socket, export } => Some((socket, export)),
+        }
+    }
+
     /// The format, in QEMU's words.
     #[must_use]
     pub fn format(&self) -> &str {

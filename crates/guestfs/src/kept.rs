@@ -14,7 +14,7 @@ use crate::process::ProcessId;
 use crate::{Disk, Error, Kind, Result};
 
 /// The version of [`State`]; another one is not ours to use.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The file that a keeper holds locked while it lives.
 const GUARD: &str = "guard";
 /// A folder without a guard is left alone so long: its keeper may be about to make it.
@@ -43,6 +43,10 @@ pub(crate) struct Keep {
     pub(crate) idle_secs: u64,
     /// The disks, in the appliance's order.
     pub(crate) disks: Vec<KeptDisk>,
+    /// What its owner calls it.
+    pub(crate) label: String,
+    /// The appliance: guestfish lives on when it ends, and is of no use then.
+    pub(crate) appliance: ProcessId,
 }
 
 /// A disk with the identity of its file.
@@ -129,7 +133,7 @@ pub struct Kept {
 impl Kept {
     fn of(state: State) -> Option<Self> {
         let (server, keep) = (state.server?, state.keep?);
-        let alive = state.keeper.is_alive() && server.process.is_alive();
+        let alive = [state.keeper, server.process, keep.appliance].into_iter().all(ProcessId::is_alive);
         alive.then_some(Self { server, keeper: state.keeper, keep })
     }
 
@@ -145,6 +149,15 @@ impl Kept {
         states().filter_map(|(_, state)| Self::of(state?)).collect()
     }
 
+    /// Whether its only disk is this file itself, open for writing.
+    #[must_use]
+    pub fn writes_to(&self, path: &Path) -> bool {
+        match self.keep.disks.as_slice() {
+            [kept] if kept.disk.is_writable() => kept.file.is_some() && kept.file == Identity::of(path, true),
+            _ => false,
+        }
+    }
+
     /// The kept session that has exactly these disks, unchanged, and may write to those that are to be written.
     #[must_use]
     pub fn find(disks: &[Disk]) -> Option<Self> {
@@ -157,7 +170,13 @@ impl Kept {
     /// The session's name.
     #[must_use]
     pub fn id(&self) -> String {
-        self.server.place.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.server.place.id()
+    }
+
+    /// What its owner called it.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.keep.label
     }
 
     /// Its disks, in the appliance's order.
@@ -181,6 +200,17 @@ impl Kept {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.server.process.pid
+    }
+
+    /// Ends it as [`stop`](Self::stop) does, unless a program is using it right now.
+    ///
+    /// # Errors
+    /// `Busy` if one is.
+    pub fn stop_unused(&self) -> Result<()> {
+        match Turn::take(&self.server.place, Duration::ZERO) {
+            Err(error) if error.kind() == Kind::Busy => Err(error),
+            _ => self.stop(),
+        }
     }
 
     /// Ends it, after everything written has been brought to its images, and waits until it is gone.

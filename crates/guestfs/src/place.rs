@@ -53,6 +53,11 @@ impl Place {
         }
     }
 
+    /// The session's name.
+    pub(crate) fn id(&self) -> String {
+        self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// Removes the folders with all that is in them.
     pub(crate) fn remove(&self) {
         let _ = fs::remove_dir_all(&self.scratch);

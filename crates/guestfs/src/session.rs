@@ -103,13 +103,22 @@ impl Session {
         })
     }
 
-    /// Lets go of the session without ending it: it can be attached to until nobody has done so for `idle`.
+    /// Lets go of the session without ending it: it can be attached to until nobody has done so for `idle`. Everything
+    /// that was written has arrived in its image then. `label` is what lists call it.
     ///
     /// # Errors
-    /// `Io` when the session's state cannot be written; `Invalid` when a disk's name is no UTF-8. The session ends then.
-    pub fn keep(mut self, idle: Duration) -> Result<Kept> {
+    /// `Io` when the session's state cannot be written; `Invalid` when a disk's name is no UTF-8, or the session is kept
+    /// already; as [`call`](Self::call) when file systems cannot be written back. The session ends then.
+    pub fn keep(mut self, idle: Duration, label: impl Into<String>) -> Result<Kept> {
+        if self.is_writable() {
+            self.internal(&Command::new("sync"))?;
+        }
+        let pid = self.internal(&Command::new("get-pid"))?;
+        let pid = String::from_utf8_lossy(&pid).trim().parse().ok();
+        let appliance = pid.and_then(ProcessId::of);
+        let appliance = appliance.ok_or_else(|| Error::new(Kind::Died, "the appliance has ended"))?;
         let disks = self.disks.iter().map(KeptDisk::new).collect();
-        let keep = Keep { idle_secs: idle.as_secs(), disks };
+        let keep = Keep { idle_secs: idle.as_secs(), disks, label: label.into(), appliance };
         // Lets the next program in, and its time is the first use.
         self.connection = None;
         drop(Turn::take(&self.server.place, TURN_LIMIT)?);
@@ -136,6 +145,12 @@ impl Session {
         self.options.settings.call_timeout = limit;
     }
 
+    /// The session's name, which [`Kept::id`] tells, too.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.server.place.id()
+    }
+
     /// The number of the guestfish process.
     #[must_use]
     pub fn pid(&self) -> i32 {
@@ -146,6 +161,12 @@ impl Session {
     #[must_use]
     pub fn disks(&self) -> &[Disk] {
         &self.disks
+    }
+
+    /// Whether any of them may be written.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.disks.iter().any(Disk::is_writable)
     }
 
     /// What an earlier user of this session has noted, such as what is mounted.
@@ -258,7 +279,7 @@ impl Session {
     /// # Errors
     /// As [`call`](Self::call), when file systems cannot be unmounted or written back.
     pub fn close(mut self) -> Result<()> {
-        let writable = self.disks.iter().any(Disk::is_writable);
+        let writable = self.is_writable();
         match std::mem::replace(&mut self.owner, Owner::Nobody) {
             Owner::Us(mut keeper) => {
                 let written = if writable { self.write_back() } else { Ok(()) };

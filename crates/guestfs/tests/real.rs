@@ -63,7 +63,7 @@ fn files_in_and_out_names_of_any_bytes_and_a_session_that_is_kept() {
     let mut notes = serde_json::Map::new();
     notes.insert("mounted".to_owned(), true.into());
     session.set_notes(&notes).unwrap();
-    let kept = session.keep(Duration::from_secs(3)).unwrap();
+    let kept = session.keep(Duration::from_secs(3), "kept").unwrap();
     let wanted = [Disk::file(&disk, "raw")];
     let found = Kept::find(&wanted).unwrap();
     assert_eq!((found.id(), found.pid()), (kept.id(), kept.pid()));

@@ -161,7 +161,8 @@ fn look_after(server: &Server, mut state: State, requests: &mut Requests) -> Res
             }
             Heard::Tick => {
                 reap();
-                if !server.process.is_alive() {
+                let appliance = state.keep.as_ref().map(|keep| keep.appliance);
+                if !server.process.is_alive() || appliance.is_some_and(|process| !process.is_alive()) {
                     return Ok(Ended::AtOnce);
                 }
                 if let Some(keep) = &state.keep

@@ -1,0 +1,203 @@
+//! Sessions that are kept: found again by the image they are on.
+
+use std::fs::{File, Metadata, OpenOptions, canonicalize, metadata};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use diskmill::Image;
+use diskmill_guestfs::{Kept, Kind};
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest as _, Sha256};
+
+use super::args::ImageArgs;
+use super::drive::run_folder;
+use super::guest::{Access, failure};
+use super::watch;
+use crate::exit::{Exit, Failure};
+use crate::names;
+
+/// How often it is looked whether another program has started the session that we want, too.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// What an image is to the sessions on it. A read-only session has it as the name of its server's socket, so that nothing
+/// else need be kept in step: `DEV-INO-STATE-OPTIONS-PROCESS`.
+struct Identity {
+    /// Which file: device and inode.
+    file: String,
+    /// What is in it and in the files that it names: a digest of their identities, sizes and times.
+    state: String,
+    /// How it was opened: a digest of format and options.
+    options: String,
+}
+
+impl Identity {
+    fn of(image: &Image, args: &ImageArgs, file: &Path) -> io::Result<Self> {
+        let mut state = Sha256::new();
+        let paths = image.files().iter().map(|file| file.path.as_path());
+        for path in image.chain().map(|(path, _)| path).chain(paths) {
+            let Ok(found) = metadata(path) else { continue };
+            for number in [found.dev(), found.ino(), found.size()] {
+                state.update(number.to_le_bytes());
+            }
+            for number in [found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec()] {
+                state.update(number.to_le_bytes());
+            }
+        }
+        let mut options = Sha256::new();
+        options.update(args.format.map_or("", |format| format.name()));
+        for argument in args.open.arguments().unwrap_or_default() {
+            options.update(argument.as_encoded_bytes());
+            options.update([0]);
+        }
+        Ok(Self { file: file_name(&metadata(file)?), state: short(state), options: short(options) })
+    }
+
+    fn prefix(&self) -> String {
+        format!("{}-{}-{}-", self.file, self.state, self.options)
+    }
+}
+
+fn file_name(found: &Metadata) -> String {
+    format!("{:x}-{:x}", found.dev(), found.ino())
+}
+
+fn short(hash: Sha256) -> String {
+    hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Where the server of this very state of the image listens. Each process has its own.
+pub(crate) fn socket(image: &Image, args: &ImageArgs, file: &Path) -> io::Result<PathBuf> {
+    let identity = Identity::of(image, args, file)?;
+    Ok(run_folder()?.join(format!("{}{:x}", identity.prefix(), std::process::id())))
+}
+
+/// What the session on an image is called: the image's real path.
+pub(crate) fn label(file: &Path) -> String {
+    canonicalize(file).unwrap_or_else(|_| file.to_owned()).to_string_lossy().into_owned()
+}
+
+/// The socket of a read-only session's server, and its name.
+fn served_as(kept: &Kept) -> Option<(&Path, &str)> {
+    let (socket, _) = kept.disks().next()?.served()?;
+    Some((socket, socket.file_name()?.to_str()?))
+}
+
+/// Whether it may write to its image.
+pub(crate) fn is_writable(kept: &Kept) -> bool {
+    kept.disks().any(diskmill_guestfs::Disk::is_writable)
+}
+
+/// The kept session that serves for this image and access. Sessions that are of no more use, because the image was
+/// changed or replaced or because their image's server has ended, are ended, and `say` tells so.
+pub(crate) fn find(
+    args: &ImageArgs,
+    file: &Path,
+    access: Access,
+    say: &dyn Fn(&str),
+) -> Result<Option<Kept>, Failure> {
+    let all = Kept::list();
+    if all.is_empty() || access == Access::Discard {
+        return Ok(None);
+    }
+    if let Some(kept) = all.iter().find(|kept| kept.writes_to(file)) {
+        let format = kept.disks().next().map_or("", |disk| disk.format());
+        if let Some(wanted) = args.format.filter(|wanted| wanted.name() != format) {
+            return Err(Failure::failed(format!(
+                "session {} has the image open for writing as {format}, not as {}",
+                kept.id(),
+                wanted.name()
+            )));
+        }
+        return Ok(Some(kept.clone()));
+    }
+    if access == Access::Write || args.open.arguments().is_none() {
+        return Ok(None);
+    }
+    let image = Image::open(file, &args.open.options(args.format))?;
+    let unreadable = |error| Failure::failed(format!("{}: {error}", names::shown(&file.to_string_lossy())));
+    let wanted = Identity::of(&image, args, file).map_err(unreadable)?;
+    let (prefix, path) = (wanted.prefix(), label(file));
+    let mut found = None;
+    for kept in &all {
+        let Some((socket, name)) = served_as(kept) else { continue };
+        if name.starts_with(&prefix) {
+            if UnixStream::connect(socket).is_ok() {
+                found.get_or_insert_with(|| kept.clone());
+            } else {
+                end(kept, "the server of its image has ended", say)?;
+            }
+            continue;
+        }
+        let this_file = name.starts_with(&format!("{}-", wanted.file));
+        let same_options = name.contains(&format!("-{}-", wanted.options));
+        if this_file && same_options {
+            end(kept, "the image has changed since it was started", say)?;
+        } else if !this_file && kept.label() == path {
+            end(kept, "the image has been replaced since it was started", say)?;
+        }
+    }
+    Ok(found)
+}
+
+/// Ends the sessions that read the image: it is about to be written, and their locks stand in the way.
+pub(crate) fn make_way(file: &Path, say: &dyn Fn(&str)) -> Result<(), Failure> {
+    let Ok(meta) = metadata(file) else { return Ok(()) };
+    let prefix = format!("{}-", file_name(&meta));
+    for kept in Kept::list() {
+        if kept.writes_to(file) {
+            let id = kept.id();
+            return Err(Failure::failed(format!(
+                "session {id} has the image open for writing: `diskmill session stop {id}` ends it"
+            )));
+        }
+        if served_as(&kept).is_some_and(|(_, name)| name.starts_with(&prefix)) {
+            end(&kept, "the image is about to be written", say)?;
+        }
+    }
+    Ok(())
+}
+
+fn end(kept: &Kept, why: &str, say: &dyn Fn(&str)) -> Result<(), Failure> {
+    match kept.stop_unused() {
+        Ok(()) => {
+            say(&format!("session {} is ended: {why}", kept.id()));
+            Ok(())
+        }
+        Err(error) if error.kind() == Kind::Busy => Err(Failure::failed(format!(
+            "session {} must end, as {why}, but another program is using it: try again",
+            kept.id()
+        ))),
+        Err(error) => Err(failure(&error)),
+    }
+}
+
+/// The right to start a session on an image that is to be kept: of programs that want the same at once, one starts it, and
+/// the others find it. Waits for `limit` at the most.
+pub(crate) fn starting(file: &Path, limit: Duration) -> Result<File, Failure> {
+    let failed = |error: io::Error| Failure::failed(format!("cannot lock the start of a session: {error}"));
+    let name = format!("{}.lock", file_name(&metadata(file).map_err(failed)?));
+    let path = run_folder().map_err(failed)?.join(name);
+    let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let lock = lock.map_err(failed)?;
+    let end = Instant::now() + limit;
+    loop {
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+        if let Some(signal) = watch::received() {
+            return Err(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) });
+        }
+        if Instant::now() > end {
+            return Err(Failure::failed(
+                "another program starts a session on this image and does not finish",
+            ));
+        }
+        sleep(RETRY);
+    }
+}
