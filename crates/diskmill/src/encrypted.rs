@@ -89,6 +89,19 @@ impl EncryptedStorage {
     pub(crate) fn new(file: SharedStorage, cipher: Arc<SectorCipher>) -> Self {
         Self { file, cipher }
     }
+
+    fn write_sectors(&self, sectors: &[u8], at: u64) -> io::Result<usize> {
+        let mut encrypted = sectors.to_vec();
+        self.cipher.encrypt(&mut encrypted, at / SECTOR as u64);
+        let mut done = 0;
+        while let Some(rest) = encrypted.get(done..).filter(|rest| !rest.is_empty()) {
+            match self.file.write_at(rest, at + done as u64)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => done += written,
+            }
+        }
+        Ok(done)
+    }
 }
 
 /// Reads the sectors that hold `buf.len()` bytes at `at` and decrypts them: `read` fills as much as there is.
@@ -125,31 +138,26 @@ fn fill(file: &dyn Storage, buf: &mut [u8], at: u64) -> io::Result<usize> {
     read_full(file, buf, at).map_err(|error| io::Error::other(error.to_string()))
 }
 
-fn unaligned() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, "encrypted data is written in whole sectors")
-}
-
 impl Storage for EncryptedStorage {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
         read_sectors(buf, at, &self.cipher, |part, at| fill(&*self.file, part, at))
     }
 
-    /// Writes whole sectors.
+    /// Of a sector that is not written whole the rest is read and written again: the caller keeps others from it.
     fn write_at(&self, buf: &[u8], at: u64) -> io::Result<usize> {
         let sector = SECTOR as u64;
-        if !at.is_multiple_of(sector) || !buf.len().is_multiple_of(SECTOR) {
-            return Err(unaligned());
+        let skip = (at % sector) as usize;
+        if skip != 0 || buf.len() < SECTOR {
+            let part = buf.get(..SECTOR - skip).unwrap_or(buf);
+            let mut whole = [0; SECTOR];
+            let start = at - skip as u64;
+            read_sectors(&mut whole, start, &self.cipher, |part, at| fill(&*self.file, part, at))?;
+            let place = whole.get_mut(skip..skip + part.len()).unwrap_or_default();
+            place.copy_from_slice(part);
+            return self.write_sectors(&whole, start).map(|_| part.len());
         }
-        let mut encrypted = buf.get(..STEP).unwrap_or(buf).to_vec();
-        self.cipher.encrypt(&mut encrypted, at / sector);
-        let mut done = 0;
-        while let Some(rest) = encrypted.get(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.write_at(rest, at + done as u64)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                written => done += written,
-            }
-        }
-        Ok(done)
+        let whole = buf.len().min(STEP) / SECTOR * SECTOR;
+        self.write_sectors(buf.get(..whole).unwrap_or(buf), at)
     }
 
     fn len(&self) -> io::Result<u64> {

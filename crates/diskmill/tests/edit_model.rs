@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use diskmill::edit::{Preallocation, ZeroHow};
 use diskmill::{Allow, Image, OpenOptions, OpenPolicy, SnapshotRef};
-use diskmill_testkit::{ModelDisk, Op, Oracle, Step, legalise, ops, scratch, unpack};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, legalise, ops, scratch, steps, unpack};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -343,4 +343,35 @@ fn raw_images_are_written_in_place() {
     assert_eq!(Image::open(&path, &options()).err().unwrap().kind(), diskmill::Kind::Busy);
     image.close().unwrap();
     same(&std::fs::read(&path).unwrap(), &want[..10_200], "the file");
+}
+
+#[test]
+fn an_image_that_qemu_did_not_close_is_counted_anew() {
+    for (options, cluster) in
+        [("", 1u64 << 16), (",cluster_size=512", 512), (",cluster_size=4k,refcount_bits=1", 4096)]
+    {
+        let dir = scratch();
+        let Some(q) = Oracle::find(dir.path()) else { return };
+        let (path, size) = (dir.path().join("a.qcow2"), 300 << 10);
+        q.create("a.qcow2", &format!("lazy_refcounts=on{options}"), size);
+        let mut model = ModelDisk::new(size, cluster);
+        for turn in 0..3 {
+            let theirs = steps(turn ^ cluster, size, cluster, 12, false);
+            theirs.iter().for_each(|step| model.apply(step));
+            let script = Script::new(&theirs);
+            q.io(["-f", "qcow2"])
+                .args(script.args())
+                .args(["-c", "flush", "-c", "sigraise 9", "a.qcow2"])
+                .run();
+            let dirty = q.info("a.qcow2")["dirty-flag"] == true;
+            assert!(dirty, "qemu-io closed the image all the same");
+            let reader = Image::open(&path, &OpenOptions { writable: false, ..self::options() }).unwrap();
+            same(&content(&reader), model.bytes(), "a dirty image is read");
+            drop(reader);
+            we_write(&path, &steps(!turn, size, cluster, 6, false), &mut model);
+            q.check_clean("a.qcow2");
+            same(&q.content("a.qcow2", "qcow2"), model.bytes(), "qemu-img reads");
+            assert!(q.info("a.qcow2")["dirty-flag"] == false, "the mark is still there");
+        }
+    }
 }

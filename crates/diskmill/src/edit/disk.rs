@@ -1,8 +1,8 @@
 //! A file that is being written to.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_io::SharedStorage;
 
@@ -15,20 +15,28 @@ pub(crate) struct Disk {
     storage: SharedStorage,
     /// In bytes; shared with the layout that reads the same file.
     len: Arc<AtomicU64>,
+    durability: Arc<Durability>,
+}
+
+/// What a barrier is about.
+#[derive(Default)]
+struct Durability {
     unsynced: AtomicBool,
     /// A barrier failed. The kernel may have dropped what it could not write, so that a second try proves nothing.
     lost: AtomicBool,
+    /// Held during a barrier: whoever finds nothing left to do must not be done before those that do it.
+    turn: Mutex<()>,
 }
 
 impl Disk {
     pub(crate) fn new(storage: SharedStorage) -> Result<Self> {
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
-        Ok(Self {
-            storage,
-            len: Arc::new(AtomicU64::new(len)),
-            unsynced: AtomicBool::new(false),
-            lost: AtomicBool::new(false),
-        })
+        Ok(Self { storage, len: Arc::new(AtomicU64::new(len)), durability: Arc::default() })
+    }
+
+    /// The same file through `storage`, which encrypts what is written to it.
+    pub(crate) fn seen_through(&self, storage: SharedStorage) -> Self {
+        Self { storage, len: Arc::clone(&self.len), durability: Arc::clone(&self.durability) }
     }
 
     pub(crate) fn storage(&self) -> &SharedStorage {
@@ -54,7 +62,7 @@ impl Disk {
                 done => done,
             };
             // Even a failed write may have changed something.
-            self.unsynced.store(true, Ordering::Release);
+            self.durability.unsynced.store(true, Ordering::Release);
             let written = written.map_err(|error| cannot("write", at, error))?;
             at = at.saturating_add(written as u64);
             self.len.fetch_max(at, Ordering::AcqRel);
@@ -67,7 +75,7 @@ impl Disk {
     pub(crate) fn zero(&self, at: u64, len: u64, keep: bool) -> Result<()> {
         self.check()?;
         let done = self.storage.write_zeroes(at, len, keep);
-        self.unsynced.store(true, Ordering::Release);
+        self.durability.unsynced.store(true, Ordering::Release);
         done.map_err(|error| cannot("write zeros", at, error))?;
         self.len.fetch_max(at.saturating_add(len), Ordering::AcqRel);
         Ok(())
@@ -77,7 +85,7 @@ impl Disk {
     pub(crate) fn set_len(&self, len: u64) -> Result<()> {
         self.check()?;
         let done = self.storage.set_len(len);
-        self.unsynced.store(true, Ordering::Release);
+        self.durability.unsynced.store(true, Ordering::Release);
         done.map_err(|error| Error::io(format!("cannot change the length to {len} bytes"), error))?;
         self.len.store(len, Ordering::Release);
         Ok(())
@@ -94,7 +102,7 @@ impl Disk {
             Preallocation::Falloc => {
                 self.check()?;
                 let done = self.storage.allocate(range.start, len);
-                self.unsynced.store(true, Ordering::Release);
+                self.durability.unsynced.store(true, Ordering::Release);
                 done.map_err(|error| cannot("reserve blocks", range.start, error))?;
                 self.len.fetch_max(range.end, Ordering::AcqRel);
                 Ok(())
@@ -114,18 +122,20 @@ impl Disk {
 
     /// A barrier: what was written before is durable when it returns.
     pub(crate) fn sync(&self) -> Result<()> {
+        let durability = &self.durability;
+        let _turn = durability.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
-        if !self.unsynced.swap(false, Ordering::AcqRel) {
+        if !durability.unsynced.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         self.storage.sync().map_err(|error| {
-            self.lost.store(true, Ordering::Release);
+            durability.lost.store(true, Ordering::Release);
             Error::io("cannot make the written data durable", error)
         })
     }
 
     fn check(&self) -> Result<()> {
-        if self.lost.load(Ordering::Acquire) {
+        if self.durability.lost.load(Ordering::Acquire) {
             return Err(Error::new(
                 Kind::Io,
                 "the disk failed to make earlier writes durable: what was written since the last flush may be lost",

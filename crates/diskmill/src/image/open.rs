@@ -8,10 +8,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use diskmill_format::Limits;
 use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
-use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
+use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage, Storage};
 
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
+use crate::check::{CheckOptions, Repair, check_storage};
 use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
 use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
@@ -298,7 +300,11 @@ impl<'a> Opener<'a> {
         snapshot: Option<&SnapshotRef>,
         root: &Path,
     ) -> Result<(Box<dyn Layout>, Option<Next>)> {
-        let read = Qcow2Info::read(&*storage, &self.options.limits)?;
+        let mut read = Qcow2Info::read(&*storage, &self.options.limits)?;
+        if read.dirty && !read.corrupt && self.writable() {
+            count_anew(&*storage, &self.options.limits)?;
+            read = Qcow2Info::read(&*storage, &self.options.limits)?;
+        }
         let held =
             |snapshot: &Snapshot| (size_of::<Snapshot>() + snapshot.id.len() + snapshot.name.len()) as u64;
         self.snapshot_bytes += read.snapshots.iter().map(held).sum::<u64>();
@@ -379,6 +385,21 @@ impl<'a> Opener<'a> {
         let register = |decrypted| self.file_id(&decrypted, &path);
         Ok((Box::new(LegacyAesLayout::new(layout, file, cipher, register)), next))
     }
+}
+
+/// Repairs an image whose refcounts were not kept up to date (lazy refcounts) by a writer that did not close it. QEMU
+/// does so too whenever it opens one for writing.
+fn count_anew(storage: &dyn Storage, limits: &Limits) -> Result<()> {
+    let options = CheckOptions { repair: Repair::All, limits: limits.clone(), ..CheckOptions::default() };
+    let report = check_storage(storage, &options, &mut |_, _| {})?;
+    if report.check_errors > 0 || report.corruptions > 0 {
+        return Err(Error::new(
+            Kind::Corrupt,
+            "the image was not closed and cannot be repaired all by itself",
+        )
+        .hint("`diskmill check --repair all` shows what is wrong"));
+    }
+    Ok(())
 }
 
 impl Opener<'_> {

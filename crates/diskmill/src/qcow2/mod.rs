@@ -125,13 +125,3 @@ fn read_snapshots(file: &dyn Storage, header: &Header, limits: &Limits) -> Resul
         }
     }
 }
-
-/// The error for what is not read yet.
-pub(crate) fn refuse_encryption(header: &Header) -> Result<()> {
-    use diskmill_format::qcow2::CryptMethod;
-    match header.crypt {
-        CryptMethod::None => Ok(()),
-        CryptMethod::Aes => Err(Error::unsupported("qcow2 encryption with legacy AES")),
-        CryptMethod::Luks => Err(Error::unsupported("qcow2 encryption with LUKS")),
-    }
-}

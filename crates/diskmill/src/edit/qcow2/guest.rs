@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use diskmill_format::HostOffset;
-use diskmill_format::qcow2::{Cluster, SUBCLUSTERS};
+use diskmill_format::qcow2::{Cluster, CryptMethod, SUBCLUSTERS};
 
 use super::meta::Meta;
 use super::tables::Entry;
@@ -14,6 +14,8 @@ use crate::image::Image;
 
 /// Guest bytes that are written at once, but at least a cluster.
 const CHUNK: u64 = 4 << 20;
+/// What encryption takes at once, in bytes.
+const SECTOR: u64 = 512;
 /// Entries that are changed at once.
 const ENTRIES: u64 = 4096;
 
@@ -59,7 +61,9 @@ impl Qcow2Writer {
         let range = at..at.saturating_add(buf.len() as u64);
         // Most writes go where data already is: they need not keep each other out.
         {
-            let _shared = self.ranges.lock(range.clone(), false);
+            let torn = self.encrypted && !(at.is_multiple_of(SECTOR) && range.end.is_multiple_of(SECTOR));
+            let sectors = range.start / SECTOR * SECTOR..range.end.next_multiple_of(SECTOR);
+            let _guard = self.ranges.lock(if torn { sectors } else { range.clone() }, torn);
             let in_place = self.meta().in_place(range.clone())?;
             if let Some(runs) = in_place {
                 let mut rest = buf;
@@ -355,7 +359,8 @@ impl Meta {
         let hits = |start: u64, len: u64| host.get() < start.saturating_add(len) && start < moved(host, size);
         let l1 = (header.l1_offset.get(), u64::from(header.l1_size) * 8);
         let table = (header.refcount_table_offset.get(), u64::from(header.refcount_table_clusters) * size);
-        if hits(0, size) || hits(l1.0, l1.1) || hits(table.0, table.1) {
+        let luks = self.area.extensions.luks_header.unwrap_or_default();
+        if hits(0, size) || hits(l1.0, l1.1) || hits(table.0, table.1) || hits(luks.0, luks.1) {
             return Err(self.corrupt("L2 table", host, "an entry points into the image's own metadata"));
         }
         Ok(())
@@ -373,6 +378,8 @@ impl Meta {
 
     fn plan_into(&mut self, range: Range<u64>, targets: &mut Vec<Target>) -> Result<()> {
         let (size, sub) = (self.cluster_size(), self.geometry.subcluster_size());
+        // Zeros in the file are not zeros to the guest then.
+        let encrypted = self.area.header.crypt != CryptMethod::None;
         let mut spare = super::refcounts::Run { host: 0, clusters: 0, zeroed: false };
         let first = range.start / size * size;
         let mut guest = first;
@@ -420,7 +427,7 @@ impl Meta {
                 fill,
                 link: (new != old).then_some(Link { new, old }),
                 allocated: own.is_none() && self.data.is_none(),
-                zeroed: own.is_none() && self.data.is_none() && spare.zeroed,
+                zeroed: own.is_none() && self.data.is_none() && !encrypted && spare.zeroed,
             });
             guest += size;
         }

@@ -15,7 +15,7 @@ mod tables;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use diskmill_format::qcow2::{HeaderArea, feature};
+use diskmill_format::qcow2::{CryptMethod, HeaderArea, feature};
 use diskmill_format::{HostOffset, Limits};
 use diskmill_io::SharedStorage;
 
@@ -39,8 +39,10 @@ use recorder::Recorder;
 /// only ever points to bytes that were written before, and the barriers of a commit cover them.
 pub(crate) struct Qcow2Writer {
     disk: Arc<Disk>,
-    /// Where plain guest clusters are: the external data file, or the image itself.
+    /// Where plain guest clusters are: the external data file, or the image itself; encrypted on the way if need be.
     data: Arc<Disk>,
+    /// Only whole sectors can be written: a part of one needs the rest of it, and nobody else at work on that.
+    encrypted: bool,
     ranges: RangeLocks,
     meta: Mutex<Meta>,
     recorder: Recorder,
@@ -55,7 +57,7 @@ pub(crate) struct Qcow2Writer {
 }
 
 impl Qcow2Writer {
-    /// Prepares the image for writing.
+    /// Prepares the image for writing. `data` is where plain guest clusters are, if not in the file as they are.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] for what would be damaged by writing; [`Kind::Corrupt`] for an image that is.
@@ -72,15 +74,23 @@ impl Qcow2Writer {
             (area.backing_name.is_some(), header.autoclear & feature::RAW_DATA_FILE != 0);
         let disk = Arc::new(Disk::new(Arc::clone(file))?);
         let ids = (id, data.map(|(_, id)| id));
-        let data = data.map(|(data, _)| Disk::new(Arc::clone(data)).map(Arc::new)).transpose()?;
-        let mut meta = Meta::open(Arc::clone(&disk), data.clone(), area, limits.clone())?;
+        let external = header.has(feature::DATA_FILE);
+        let encrypted = header.crypt != CryptMethod::None;
+        let seen = |(data, _): (&SharedStorage, _)| match external {
+            true => Disk::new(Arc::clone(data)),
+            false => Ok(disk.seen_through(Arc::clone(data))),
+        };
+        let data = data.map(seen).transpose()?.map(Arc::new);
+        let outside = data.clone().filter(|_| external);
+        let mut meta = Meta::open(Arc::clone(&disk), outside, area, limits.clone())?;
         meta.clear_unknown_features()?;
         let recorder = Recorder::default();
         recorder.load(&meta)?;
         Ok(Self {
-            external: data.is_some(),
+            external,
             recorder,
             data: data.unwrap_or_else(|| Arc::clone(&disk)),
+            encrypted,
             disk,
             ranges: RangeLocks::default(),
             meta: Mutex::new(meta),
@@ -119,7 +129,11 @@ fn refuse(info: &Qcow2Info) -> Result<()> {
         return Err(Error::unsupported("writing to an image whose refcounts are out of date (dirty bit)")
             .hint("`qemu-img check -r all` brings them up to date"));
     }
-    crate::qcow2::refuse_encryption(&info.area.header)
+    if info.area.header.crypt == CryptMethod::Aes {
+        return Err(Error::unsupported("writing to an image with legacy AES encryption")
+            .hint("`diskmill convert` makes a LUKS image of it"));
+    }
+    Ok(())
 }
 
 impl Tables for Qcow2Writer {

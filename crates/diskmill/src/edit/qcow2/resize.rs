@@ -147,10 +147,12 @@ impl Qcow2Writer {
                 false => {
                     let run = meta.allocate_at_end(clusters)?;
                     let len = clusters * size;
-                    if !run.zeroed && preallocation != Preallocation::Full {
+                    // Zeros in the file are none to the guest of an encrypted image.
+                    let how = if self.encrypted { Preallocation::Full } else { preallocation };
+                    if !run.zeroed && how != Preallocation::Full {
                         self.disk.zero(run.host, len, true)?;
                     }
-                    self.disk.preallocate(run.host..run.host + len, preallocation)?;
+                    self.data.preallocate(run.host..run.host + len, how)?;
                     run.host
                 }
             };

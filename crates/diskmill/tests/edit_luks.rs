@@ -1,0 +1,144 @@
+//! Random writes into encrypted qcow2 images by us and by qemu-io in turn.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code"
+)]
+
+use std::path::Path;
+use std::time::SystemTime;
+
+use diskmill::convert::TargetFormat;
+use diskmill::create::{CreateOptions, create};
+use diskmill::edit::ZeroHow;
+use diskmill::{Allow, Image, OpenOptions, OpenPolicy, Secret, SnapshotRef};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, scratch, steps};
+
+const SECRET: &str = "secret,id=s,data=correct horse";
+const OPTS: &str = "driver=qcow2,encrypt.key-secret=s,file.filename=a.qcow2";
+const SIZE: u64 = 700 << 10;
+
+fn options() -> OpenOptions {
+    OpenOptions {
+        writable: true,
+        keys: vec![Secret::new(b"correct horse".to_vec())],
+        policy: OpenPolicy { allow: Allow::OwnTree, ..OpenPolicy::default() },
+        ..OpenOptions::default()
+    }
+}
+
+fn encrypted(path: &Path, extra: &[(&str, &str)]) {
+    let mut format = TargetFormat::named("qcow2").unwrap();
+    for (name, value) in [("encrypt.format", "luks"), ("encrypt.iter-time", "5")].iter().chain(extra) {
+        format.set(name, value).unwrap();
+    }
+    let TargetFormat::Qcow2(qcow2) = &mut format else { panic!("it is qcow2") };
+    qcow2.encryption.as_mut().unwrap().key = Some(Secret::new(b"correct horse".to_vec()));
+    create(path, &CreateOptions { format, size: SIZE, trust_backing: false }).unwrap();
+}
+
+fn write(image: &Image, step: &Step) {
+    let done = match step.op {
+        Op::Write(_) | Op::Compressed(_) => image.write_at(&step.bytes(), step.start),
+        Op::Zero { unmap: false } => image.write_zeroes(step.start, step.len, ZeroHow::KeepAllocated),
+        Op::Zero { unmap: true } => image.write_zeroes(step.start, step.len, ZeroHow::MayUnmap),
+        Op::Discard => image.discard(step.start, step.len),
+    };
+    done.unwrap();
+}
+
+fn content(image: &Image) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(image.size()).unwrap()];
+    image.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn in_turn(extra: &[(&str, &str)], cluster: u64) {
+    let dir = scratch();
+    let dir = dir.path();
+    let Some(q) = Oracle::find(dir) else { return };
+    let path = dir.join("a.qcow2");
+    encrypted(&path, extra);
+    let mut model = ModelDisk::new(SIZE, cluster);
+    let mut snapshot = None;
+    for turn in 0..8u64 {
+        let steps = steps(turn ^ cluster, SIZE, cluster, 10, false);
+        steps.iter().for_each(|step| model.apply(step));
+        if turn % 3 == 1 {
+            let io =
+                q.io(["--object", SECRET, "--image-opts"]).args(Script::new(&steps).args()).arg(OPTS).ok();
+            assert!(!io.out().contains("failed"), "{io}");
+        } else {
+            let mut image = Image::open(&path, &options()).unwrap();
+            steps.iter().for_each(|step| write(&image, step));
+            assert!(content(&image) == model.bytes(), "turn {turn}");
+            if turn == 3 && !extra.iter().any(|(name, _)| *name == "data_file") {
+                image.create_snapshot("s", SystemTime::UNIX_EPOCH).unwrap();
+                snapshot = Some(model.clone());
+            }
+            image.close().unwrap();
+        }
+        std::fs::write(dir.join("model"), model.bytes()).unwrap();
+        q.img(["check", "--object", SECRET, "--image-opts", OPTS]).ok();
+        q.img(["compare", "--object", SECRET, "--image-opts", OPTS, "driver=raw,file.filename=model"]).ok();
+        assert!(content(&Image::open(&path, &options()).unwrap()) == model.bytes(), "turn {turn}");
+    }
+    if let Some(model) = snapshot {
+        let mut image = Image::open(&path, &options()).unwrap();
+        image.apply_snapshot(&SnapshotRef::Any("s".to_owned())).unwrap();
+        assert!(content(&image) == model.bytes());
+    }
+}
+
+#[test]
+fn encrypted_clusters() {
+    in_turn(&[], 64 << 10);
+}
+
+#[test]
+fn encrypted_small_clusters() {
+    in_turn(&[("cluster_size", "512")], 512);
+}
+
+#[test]
+fn encrypted_subclusters() {
+    in_turn(&[("cluster_size", "32k"), ("extended_l2", "on")], 32 << 10);
+}
+
+#[test]
+fn an_encrypted_data_file() {
+    in_turn(&[("data_file", "data.raw")], 64 << 10);
+}
+
+/// Threads share sectors, which can only be written whole.
+#[test]
+fn threads_share_encrypted_sectors() {
+    let dir = scratch();
+    let path = dir.path().join("a.qcow2");
+    encrypted(&path, &[]);
+    let image = Image::open(&path, &options()).unwrap();
+    image.write_at(&[9; 4096], 0).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4usize {
+            let image = &image;
+            scope.spawn(move || {
+                for turn in 0..200u8 {
+                    let (at, len) = (thread * 100 + 7, 100);
+                    image.write_at(&vec![turn; len], at as u64).unwrap();
+                    let mut bytes = vec![0; len];
+                    image.read_at(&mut bytes, at as u64).unwrap();
+                    assert!(
+                        bytes.iter().all(|&byte| byte == turn),
+                        "thread {thread}, turn {turn}: {bytes:?}"
+                    );
+                }
+            });
+        }
+    });
+    let seen = content(&image);
+    assert!(seen[7..407].iter().all(|&byte| byte == 199));
+    assert!(seen[..7].iter().chain(&seen[407..4096]).all(|&byte| byte == 9));
+    image.close().unwrap();
+}
