@@ -131,7 +131,8 @@
 //! # let format = TargetFormat::named("qcow2")?;
 //! # create(&path, &CreateOptions { format, size: 1 << 40, trust_backing: false })?;
 //! // A disk of 1 TiB with clusters of 64 KiB needs an L1 table of 16 KiB.
-//! let limits = Limits { qcow2_l1_bytes: 4096, ..Limits::default() };
+//! let mut limits = Limits::default();
+//! limits.qcow2_l1_bytes = 4096;
 //! let error = Image::open(&path, &OpenOptions { limits, ..OpenOptions::default() }).err().expect("too large");
 //! assert_eq!(error.kind(), Kind::Limit);
 //! # Ok(())

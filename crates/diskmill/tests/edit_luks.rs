@@ -111,34 +111,3 @@ fn encrypted_subclusters() {
 fn an_encrypted_data_file() {
     in_turn(&[("data_file", "data.raw")], 64 << 10);
 }
-
-/// Threads share sectors, which can only be written whole.
-#[test]
-fn threads_share_encrypted_sectors() {
-    let dir = scratch();
-    let path = dir.path().join("a.qcow2");
-    encrypted(&path, &[]);
-    let image = Image::open(&path, &options()).unwrap();
-    image.write_at(&[9; 4096], 0).unwrap();
-    std::thread::scope(|scope| {
-        for thread in 0..4usize {
-            let image = &image;
-            scope.spawn(move || {
-                for turn in 0..200u8 {
-                    let (at, len) = (thread * 100 + 7, 100);
-                    image.write_at(&vec![turn; len], at as u64).unwrap();
-                    let mut bytes = vec![0; len];
-                    image.read_at(&mut bytes, at as u64).unwrap();
-                    assert!(
-                        bytes.iter().all(|&byte| byte == turn),
-                        "thread {thread}, turn {turn}: {bytes:?}"
-                    );
-                }
-            });
-        }
-    });
-    let seen = content(&image);
-    assert!(seen[7..407].iter().all(|&byte| byte == 199));
-    assert!(seen[..7].iter().chain(&seen[407..4096]).all(|&byte| byte == 9));
-    image.close().unwrap();
-}

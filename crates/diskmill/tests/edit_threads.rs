@@ -19,7 +19,7 @@ use diskmill::check::{CheckOptions, check_storage};
 use diskmill::convert::TargetFormat;
 use diskmill::create::{CreateOptions, create};
 use diskmill::edit::ZeroHow;
-use diskmill::{Allocation, Image, MemoryStorage, OpenOptions, SharedStorage, SnapshotRef, Storage};
+use diskmill::{Allocation, Image, MemoryStorage, OpenOptions, Secret, SharedStorage, SnapshotRef, Storage};
 use diskmill_io::Align;
 use diskmill_testkit::content::{Pattern, Rng, fill};
 use diskmill_testkit::scratch;
@@ -119,7 +119,11 @@ impl Storage for Slow {
 }
 
 fn writable() -> OpenOptions {
-    OpenOptions { writable: true, ..OpenOptions::default() }
+    OpenOptions { writable: true, keys: vec![key()], ..OpenOptions::default() }
+}
+
+fn key() -> Secret {
+    Secret::new(b"correct horse".to_vec())
 }
 
 fn empty(options: &[(&str, &str)]) -> Vec<u8> {
@@ -127,6 +131,11 @@ fn empty(options: &[(&str, &str)]) -> Vec<u8> {
     let path = dir.path().join("a");
     let mut format = TargetFormat::named("qcow2").unwrap();
     options.iter().for_each(|(name, value)| format.set(name, value).unwrap());
+    if let TargetFormat::Qcow2(qcow2) = &mut format
+        && let Some(encryption) = &mut qcow2.encryption
+    {
+        encryption.key = Some(key());
+    }
     create(&path, &CreateOptions { format, size: SIZE as u64, trust_backing: false }).unwrap();
     std::fs::read(path).unwrap()
 }
@@ -247,7 +256,7 @@ fn stress(options: &[(&str, &str)], cluster: usize) {
     assert_eq!(report.unwrap().exit_code(), 0, "{found:#?}");
     for (name, disk) in &snapshots {
         let snapshot = Some(SnapshotRef::Any(name.clone()));
-        let options = OpenOptions { snapshot, ..OpenOptions::default() };
+        let options = OpenOptions { snapshot, writable: false, ..writable() };
         let storage: SharedStorage = Arc::clone(&slow) as SharedStorage;
         assert!(content(&Image::from_storage(storage, "a", &options).unwrap()) == *disk, "snapshot {name}");
     }
@@ -271,6 +280,38 @@ fn threads_share_large_clusters() {
 #[test]
 fn threads_share_subclusters() {
     stress(&[("cluster_size", "32k"), ("extended_l2", "on")], 32 << 10);
+}
+
+const ENCRYPTED: &[(&str, &str)] = &[("encrypt.format", "luks"), ("encrypt.iter-time", "5")];
+
+#[test]
+fn threads_share_encrypted_clusters() {
+    stress(ENCRYPTED, 64 << 10);
+}
+
+/// Encrypted sectors can only be written whole: what another thread has there must not be lost.
+#[test]
+fn threads_share_encrypted_sectors() {
+    let storage: SharedStorage = Arc::new(Slow::new(empty(ENCRYPTED), Duration::ZERO));
+    let image = Image::from_storage(storage, "a", &writable()).unwrap();
+    image.write_at(&[9; 1024], 0).unwrap();
+    thread::scope(|scope| {
+        for number in 0..THREADS {
+            let image = &image;
+            scope.spawn(move || {
+                let (at, len) = (number * 100 + 300, 100);
+                for turn in 0..200 {
+                    image.write_at(&vec![turn; len], at as u64).unwrap();
+                    let mut bytes = vec![0; len];
+                    image.read_at(&mut bytes, at as u64).unwrap();
+                    assert!(bytes.iter().all(|&byte| byte == turn), "thread {number}, turn {turn}");
+                }
+            });
+        }
+    });
+    let seen = content(&image);
+    assert!(seen[300..700].iter().all(|&byte| byte == 199));
+    assert!(seen[..300].iter().chain(&seen[700..1024]).all(|&byte| byte == 9));
 }
 
 /// A flush that finds all written data on its way is not done before it has arrived.

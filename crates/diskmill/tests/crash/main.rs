@@ -12,6 +12,7 @@
     reason = "test code"
 )]
 
+mod faults;
 mod history;
 mod world;
 
@@ -21,8 +22,8 @@ use std::path::Path;
 
 use diskmill::check::{CheckOptions, check_storage};
 use diskmill_io::MemoryStorage;
-use diskmill_testkit::content::Rng;
-use diskmill_testkit::{ModelDisk, Oracle, TempDir, legalise, scratch, steps};
+use diskmill_testkit::content::{Pattern, Rng};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Step, TempDir, legalise, scratch, steps};
 
 use history::{Act, Guest, History, content, write};
 use world::{BASE, IMAGE, State, World};
@@ -45,7 +46,9 @@ struct Kind {
     cluster: u64,
     size: u64,
     backed: bool,
-    /// What it holds: this many random steps, some of them compressed clusters.
+    /// What it holds: this many bytes of data,
+    full: u64,
+    /// and this many random steps, some of them compressed clusters.
     filled: usize,
     /// What is done to it: this many random steps.
     steps: usize,
@@ -57,9 +60,20 @@ const KIND: Kind = Kind {
     cluster: 4096,
     size: 160 << 10,
     backed: false,
+    full: 0,
     filled: 6,
     steps: 24,
     snapshots: false,
+};
+
+const GROWING: Kind = Kind {
+    options: ",refcount_bits=64",
+    cluster: 512,
+    size: 2560 << 10,
+    full: 1900 << 10,
+    filled: 0,
+    steps: 14,
+    ..KIND
 };
 
 impl Kind {
@@ -91,6 +105,11 @@ impl Kind {
             q.create(IMAGE, &options, self.size);
         }
         let packed = !self.data_file() && !self.options.contains("preallocation");
+        if self.full > 0 {
+            let step = Step { op: Op::Write(Pattern::Random), start: 0, len: self.full, seed };
+            q.write(IMAGE, "qcow2", &[step]);
+            model.apply(&step);
+        }
         let mut filled = steps(seed ^ 2, self.size, self.cluster, self.filled, packed);
         legalise(&mut filled, self.size, self.cluster);
         // QEMU refuses some compressed writes after others.
@@ -100,6 +119,15 @@ impl Kind {
             }
         }
         Some((dir, q, model))
+    }
+
+    /// The model of a disk that holds `bytes`.
+    fn model_of(&self, bytes: Vec<u8>) -> ModelDisk {
+        let disk = ModelDisk::holding(bytes, self.cluster);
+        match self.v2() && self.backed {
+            true => ModelDisk::over(&disk, self.size, self.cluster, true),
+            false => disk,
+        }
     }
 
     fn acts(&self, seed: u64) -> Vec<Act> {
@@ -219,10 +247,7 @@ impl Judge<'_> {
     fn continued(&mut self, state: &State) {
         self.count.continued += 1;
         let (image, storage) = state.open_writable();
-        let mut model = ModelDisk::holding(content(&image), self.kind.cluster);
-        if self.kind.v2() && self.kind.backed {
-            model = ModelDisk::over(&model, self.kind.size, self.kind.cluster, true);
-        }
+        let mut model = self.kind.model_of(content(&image));
         let seed = self.count.states as u64;
         for step in steps(seed, image.size(), self.kind.cluster, 4, false) {
             write(&image, &step).unwrap();
@@ -263,7 +288,8 @@ fn crash(name: &str, kind: Kind) {
 }
 
 macro_rules! crashes {
-    ($($name:ident: $kind:expr;)*) => {$(
+    ($($(#[$about:meta])* $name:ident: $kind:expr;)*) => {$(
+        $(#[$about])*
         #[test]
         fn $name() {
             crash(stringify!($name), $kind);
@@ -290,5 +316,10 @@ crashes! {
     an_external_data_file_over_a_backing_file: Kind { options: ",data_file=data.raw", backed: true, ..KIND };
     a_raw_external_data_file: Kind { options: ",data_file=data.raw,data_file_raw=on", ..KIND };
     zstd: Kind { options: ",compression_type=zstd", filled: 20, snapshots: true, ..KIND };
+    /// A refcount block counts 32 KiB here.
+    new_refcount_blocks: Kind { cluster: 512, size: 200 << 10, options: ",refcount_bits=64", ..KIND };
+    /// One cluster of the refcount table counts 2 MiB here.
+    a_refcount_table_that_grows: GROWING;
+    a_refcount_table_that_grows_with_snapshots: Kind { snapshots: true, ..GROWING };
     preallocated: Kind { options: ",preallocation=metadata", snapshots: true, ..KIND };
 }

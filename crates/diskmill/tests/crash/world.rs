@@ -72,6 +72,11 @@ impl World {
         open(self.disks.iter().map(watched).collect(), self.base.as_ref(), &writable())
     }
 
+    /// The disks, the image first, to make them fail.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = &FaultyStorage> {
+        self.disks.iter().map(|(_, disk)| &**disk)
+    }
+
     /// Says which operation begins now.
     pub(crate) fn begin(&self, operation: usize) {
         self.watch.operation.store(operation, Ordering::Relaxed);

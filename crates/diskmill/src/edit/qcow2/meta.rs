@@ -254,9 +254,10 @@ impl Meta {
         let before = self.disk.len();
         let result = self.try_switch(change);
         if result.is_err() {
-            self.switch = None;
+            // A header that was to be written may have reached the disk, whatever the system says.
+            let unseen = self.switch.take().is_some();
             self.reload()?;
-            if !self.disk.storage().is_block_device() {
+            if unseen && !self.disk.storage().is_block_device() {
                 // Only space is lost if this fails.
                 let _ = self.disk.set_len(before);
                 self.virgin = before.div_ceil(self.cluster_size());
@@ -282,9 +283,9 @@ impl Meta {
         self.spill_all()?;
         self.write_block_table(at, clusters)?;
         self.sync()?;
+        self.switch = None;
         self.write_header()?;
         self.disk.sync()?;
-        self.switch = None;
         self.new_blocks.clear();
         self.fresh.clear();
         self.hint = 0;
