@@ -160,3 +160,139 @@ fn snapshot() {
     }
     pair.same_snapshot("snap.qcow2", "second");
 }
+
+#[test]
+fn amend() {
+    let Some(pair) = Pair::new(|oracle| {
+        images(oracle);
+        io(oracle, "a.qcow2", &["write -z 1M 64k", "write -z 2M 1M"]);
+        oracle.create_over("zero.qcow2", "", 4 << 20, ("base.qcow2", "qcow2"));
+        io(oracle, "zero.qcow2", &["write -P 9 0 256k", "write -z 128k 64k", "write -z 1M 1M"]);
+        oracle.img(["snapshot", "-c", "one", "zero.qcow2"]).ok();
+        io(oracle, "zero.qcow2", &["write -P 8 1M 64k", "write -z 3M 64k"]);
+        oracle.create("extended.qcow2", "extended_l2=on", 1 << 20);
+        oracle.create("raw.qcow2", "data_file=raw.data,data_file_raw=on", 1 << 20);
+    }) else {
+        return;
+    };
+    for line in [
+        "amend -o compat=0.10 a.qcow2",
+        "amend -o lazy_refcounts=on a.qcow2",
+        "amend -o refcount_bits=32 a.qcow2",
+        "amend -o compat=1.1,lazy_refcounts=on a.qcow2",
+        "info a.qcow2",
+        "amend -o compat=0.42 a.qcow2",
+        "amend -o refcount_bits=1 a.qcow2",
+        "amend -o refcount_bits=7 a.qcow2",
+        "amend -o refcount_bits=128 a.qcow2",
+        "amend -o compat=0.10 a.qcow2",
+        "amend -q -o refcount_bits=64 --force a.qcow2",
+        "amend -o lazy_refcounts=off,size=5M a.qcow2",
+        "amend -o size=5000001 a.qcow2",
+        "amend -o backing_file=base.qcow2 a.qcow2",
+        "amend -o cluster_size=4k a.qcow2",
+        "amend -o foo=1 a.qcow2",
+        "amend -o lazy_refcounts=7 a.qcow2",
+        "amend -o data_file=x a.qcow2",
+        "amend -o data_file_raw=on a.qcow2",
+        "amend -o data_file_raw=off a.qcow2",
+        "amend -t foo -o size=1M a.qcow2",
+        "amend -o size=1M nope",
+        "amend -f raw -o size=1M r.raw",
+        "amend -o size=1M v.vmdk",
+        "amend -o refcount_bits=1 snap.qcow2",
+        "amend -o refcount_bits=2 snap.qcow2",
+        "amend -o compat=0.10,refcount_bits=16 snap.qcow2",
+        "amend -o size=8M snap.qcow2",
+        "amend -o compat=1.1 snap.qcow2",
+        "amend -o size=8M snap.qcow2",
+        "amend -o compat=0.10 snap.qcow2",
+        "amend -o compat=1.1,refcount_bits=8 v2.qcow2",
+        "amend -o compat=0.10 zero.qcow2",
+        "info --backing-chain zero.qcow2",
+        "amend -o compat=0.10 extended.qcow2",
+        "amend -o compat=0.10 data.qcow2",
+        "amend -o data_file_raw=off raw.qcow2",
+        "amend -o data_file=elsewhere raw.qcow2",
+        "amend -o refcount_bits=64 tiny.qcow2",
+        "amend -o refcount_bits=1 tiny.qcow2",
+        "amend --image-opts -o lazy_refcounts=on driver=qcow2,file.filename=tiny.qcow2",
+    ] {
+        let [theirs, ours] = pair.run(line).map(|(out, err, code)| {
+            // The length of the file.
+            (
+                out.lines().filter(|line| !line.contains("file length")).collect::<Vec<_>>().join("\n"),
+                err,
+                code,
+            )
+        });
+        assert_eq!(theirs, ours, "qemu-img {line}");
+    }
+    for line in ["amend a.qcow2", "amend -o size=1M"] {
+        pair.same_but_hint(line);
+    }
+    for image in ["a.qcow2", "snap.qcow2", "v2.qcow2", "zero.qcow2", "tiny.qcow2"] {
+        pair.same_disk(image, "qcow2");
+        pair.clean(image);
+    }
+    for (image, snapshot) in [("snap.qcow2", "second"), ("v2.qcow2", "old"), ("zero.qcow2", "one")] {
+        pair.same_snapshot(image, snapshot);
+    }
+}
+
+#[test]
+fn bench_writes() {
+    let Some(pair) = Pair::new(images) else { return };
+    for line in [
+        "bench -w -c 100 -f qcow2 --pattern=7 -s 1000 -S 3000 a.qcow2",
+        "bench -w -c 50 -d 8 --flush-interval=16 -o 1M a.qcow2",
+        "bench -w -c 5 -d 8 --flush-interval=16 --no-drain -s 2M a.qcow2",
+        "bench -w -c 1 -U a.qcow2",
+    ] {
+        let [theirs, ours] = pair.run(line).map(|(out, err, code)| {
+            let lines = out.lines().filter(|line| !line.starts_with("Run completed"));
+            (lines.collect::<Vec<_>>().join("\n"), err, code)
+        });
+        assert_eq!(theirs, ours, "qemu-img {line}");
+    }
+    pair.same_disk("a.qcow2", "qcow2");
+    pair.clean("a.qcow2");
+}
+
+#[test]
+fn bitmaps_follow_the_size_of_the_disk() {
+    let Some(pair) = Pair::new(|oracle| {
+        oracle.create("a.qcow2", "", 4 << 20);
+        oracle.img(["bitmap", "--add", "a.qcow2", "b0"]).ok();
+        oracle.img(["bitmap", "--add", "--disable", "-g", "512", "a.qcow2", "b1"]).ok();
+        oracle.img(["bitmap", "--add", "-g", "512", "a.qcow2", "b2"]).ok();
+        io(
+            oracle,
+            "a.qcow2",
+            &["write -P 1 0 64k", "write -P 1 1M 1000", "write -P 1 4M 0", "write -P 1 4194303 1"],
+        );
+    }) else {
+        return;
+    };
+    let same = |line: &str| {
+        pair.same(line);
+        pair.clean("a.qcow2");
+        // Their image, whose bits the library can read, and ours must tell the same.
+        let bits = |dir: usize, name: &str| {
+            let image = diskmill::Image::open(&pair.path("a.qcow2")[dir], &Default::default()).unwrap();
+            image.dirty_bits(name).unwrap().ranges().collect::<Vec<_>>()
+        };
+        for name in ["b0", "b1", "b2"] {
+            assert_eq!(bits(0, name), bits(1, name), "{line}: {name}");
+        }
+    };
+    for line in [
+        "resize a.qcow2 5M",
+        "resize a.qcow2 1G",
+        "resize --shrink a.qcow2 1049088",
+        "resize a.qcow2 3M",
+        "snapshot -a nope a.qcow2",
+    ] {
+        if line.starts_with("resize") { same(line) } else { pair.same_but_hint(line) }
+    }
+}

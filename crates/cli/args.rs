@@ -46,6 +46,10 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Look for damage in an image, and repair it
     Check(CheckArgs),
+    /// Make an empty image
+    Create(crate::create::CreateArgs),
+    /// Change the properties of a qcow2 image: version, width of refcounts and the like
+    Amend(crate::amend::AmendArgs),
     /// Make a disk longer or shorter
     Resize(crate::resize::ResizeArgs),
     /// Take, apply, list and delete internal snapshots

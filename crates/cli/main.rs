@@ -1,12 +1,14 @@
 //! `diskmill`: converts and examines disk images from the command line.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod args;
 mod bitmap;
 mod check;
 mod commit;
 mod compare;
 mod convert;
+mod create;
 mod doctor;
 mod exit;
 mod fs;
@@ -58,6 +60,8 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Create(args) => create::run(&args),
+        Command::Amend(args) => amend::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
     };

@@ -150,6 +150,11 @@ impl Driver {
         }
     }
 
+    /// Whether there is an option of this name.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        self.all().iter().any(|(known, ..)| *known == name)
+    }
+
     /// Whether the format can have a backing file.
     pub(super) fn has_backing_files(&self) -> bool {
         self.format.contains(&BACKING_FILE)

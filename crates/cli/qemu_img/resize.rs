@@ -52,7 +52,7 @@ pub(super) fn run(args: Args) -> Outcome {
     Ok(0)
 }
 
-fn reason(error: &Error, size: u64, format: Format, preallocation: Preallocation) -> String {
+pub(super) fn reason(error: &Error, size: u64, format: Format, preallocation: Preallocation) -> String {
     match (error.kind(), format) {
         (Kind::Invalid, Format::Qcow2) if !size.is_multiple_of(512) => {
             "The new size must be a multiple of 512".to_owned()
@@ -61,6 +61,7 @@ fn reason(error: &Error, size: u64, format: Format, preallocation: Preallocation
         (Kind::Unsupported, Format::Qcow2) if error.to_string().contains("version 2") => {
             "Can't resize a v2 image which has snapshots".to_owned()
         }
+        (Kind::Unsupported, Format::Vmdk) => "Image format driver does not support resize".to_owned(),
         (Kind::Unsupported, Format::Raw) if preallocation == Preallocation::Metadata => {
             "Unsupported preallocation mode: metadata".to_owned()
         }

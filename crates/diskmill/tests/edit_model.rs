@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use diskmill::edit::{Preallocation, ZeroHow};
+use diskmill::edit::{Amendment, Preallocation, ZeroHow};
 use diskmill::{Allow, Image, OpenOptions, OpenPolicy, SnapshotRef};
 use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, legalise, ops, scratch, steps, unpack};
 use proptest::prelude::*;
@@ -78,12 +78,40 @@ struct Round {
 #[derive(Clone, Debug)]
 enum Act {
     Write(Vec<Step>),
+    Amend(Change),
     /// To this many sectors.
     Resize(u64, Preallocation),
     Snapshot,
     /// One of those that there are, by a number of any size.
     Apply(usize),
     Delete(usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    V2(bool),
+    /// The width of refcounts, as a power of two.
+    Width(u32),
+    Lazy(bool),
+}
+
+impl Change {
+    fn option(self) -> (&'static str, String) {
+        let on = |on| if on { "on" } else { "off" };
+        match self {
+            Self::V2(v2) => ("compat", if v2 { "0.10" } else { "1.1" }.to_owned()),
+            Self::Width(order) => ("refcount_bits", (1u32 << order).to_string()),
+            Self::Lazy(lazy) => ("lazy_refcounts", on(lazy).to_owned()),
+        }
+    }
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        2 => any::<bool>().prop_map(Change::V2),
+        2 => (0..7u32).prop_map(Change::Width),
+        1 => any::<bool>().prop_map(Change::Lazy),
+    ]
 }
 
 fn preallocation() -> impl Strategy<Value = Preallocation> {
@@ -99,6 +127,7 @@ fn round(size: u64, cluster: u64) -> impl Strategy<Value = Round> {
     let act = prop_oneof![
         6 => ops(size, cluster, 1..14).prop_map(Act::Write),
         2 => Just(Act::Snapshot),
+        2 => change().prop_map(Act::Amend),
         3 => ((1..=3 * size / 512), preallocation()).prop_map(|(sectors, how)| Act::Resize(sectors, how)),
         1 => any::<usize>().prop_map(Act::Apply),
         1 => any::<usize>().prop_map(Act::Delete),
@@ -147,6 +176,7 @@ fn check((kind, base, rounds): (Kind, Vec<Step>, Vec<Round>)) {
     let dir = scratch();
     let dir = dir.path();
     let Some(q) = Oracle::find(dir) else { return };
+    let mut kind = kind;
     let (size, cluster) = (kind.size, kind.cluster());
     let mut model = ModelDisk::new(size, cluster);
     if kind.backed {
@@ -164,7 +194,7 @@ fn check((kind, base, rounds): (Kind, Vec<Step>, Vec<Round>)) {
     }
     let mut disk = Disk { q, path: dir.join("a.qcow2"), model, snapshots: Vec::new(), count: 0, fresh: true };
     for round in rounds {
-        if !disk.round(&kind, round) {
+        if !disk.round(&mut kind, round) {
             return;
         }
         disk.q.check_clean("a.qcow2");
@@ -195,11 +225,12 @@ struct Disk {
 
 impl Disk {
     /// Does one round. Returns whether the case goes on.
-    fn round(&mut self, kind: &Kind, Round { ours, act }: Round) -> bool {
+    fn round(&mut self, kind: &mut Kind, Round { ours, act }: Round) -> bool {
         // Where refcounts overflow QEMU stops half-way.
         let ours = ours || (kind.refcount_order < 4 && !kind.v2 && !matches!(act, Act::Write(_)));
         match act {
             Act::Write(steps) => return self.write(kind, ours, steps),
+            Act::Amend(change) => self.amend(kind, ours, change),
             Act::Resize(sectors, how) => return self.resize(kind, ours, sectors * 512, how),
             Act::Snapshot | Act::Apply(_) | Act::Delete(_) if kind.data_file => {}
             Act::Snapshot => {
@@ -225,6 +256,7 @@ impl Disk {
                     return true;
                 }
                 self.model = model;
+                self.model.set_discards(!(kind.v2 && kind.backed));
             }
             Act::Delete(which) => {
                 let (name, _) = self.snapshots.remove(which % self.snapshots.len());
@@ -236,6 +268,34 @@ impl Disk {
             }
         }
         true
+    }
+
+    fn amend(&mut self, kind: &mut Kind, ours: bool, change: Change) {
+        let (name, value) = change.option();
+        let done = if ours {
+            let mut amendment = Amendment::default();
+            amendment.set(name, &value).unwrap();
+            let done = self.edit(|image| image.amend(&amendment));
+            // What the image cannot have is refused; nothing may fail.
+            let refused = |error: &diskmill::Error| {
+                matches!(
+                    error.kind(),
+                    diskmill::Kind::Invalid | diskmill::Kind::Unsupported | diskmill::Kind::Limit
+                )
+            };
+            assert!(done.as_ref().err().is_none_or(refused), "{done:?}");
+            done.is_ok()
+        } else {
+            let option = format!("{name}={value}");
+            self.q.img(["amend", "-f", "qcow2", "-o", &option, "a.qcow2"]).run().code == Some(0)
+        };
+        match change {
+            _ if !done => {}
+            Change::V2(v2) => kind.v2 = v2,
+            Change::Width(order) => kind.refcount_order = order,
+            Change::Lazy(lazy) => kind.lazy = lazy,
+        }
+        self.model.set_discards(!(kind.v2 && kind.backed));
     }
 
     fn resize(&mut self, kind: &Kind, ours: bool, size: u64, how: Preallocation) -> bool {

@@ -85,6 +85,11 @@ impl ModelDisk {
         Self { bytes, cluster, discards: !v2 }
     }
 
+    /// Whether discards zero whole clusters, as in version 3, or do nothing, as in version 2 over a backing file.
+    pub fn set_discards(&mut self, discards: bool) {
+        self.discards = discards;
+    }
+
     /// Makes the disk `size` bytes long: a longer one has zeros at its end.
     pub fn resize(&mut self, size: u64) {
         self.bytes.resize(index(size), 0);

@@ -18,6 +18,7 @@
 //! written since the last [`Image::flush`]; it never damages the image, and at worst leaves clusters that are allocated
 //! and unused.
 
+mod amend;
 mod bitmap;
 mod commit;
 mod disk;
@@ -33,6 +34,7 @@ mod vmdk;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use amend::Amendment;
 pub use bitmap::DirtyBits;
 pub use commit::{Commit, CommitOptions};
 pub(crate) use qcow2::Qcow2Writer;

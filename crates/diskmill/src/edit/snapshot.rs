@@ -72,7 +72,7 @@ impl Image {
     /// As [`delete_snapshot`](Self::delete_snapshot).
     pub fn apply_snapshot(&mut self, wanted: &SnapshotRef) -> Result<()> {
         let all = self.snapshots().to_vec();
-        if matches!(&self.info().specific, FormatInfo::Qcow2(info) if info.area.extensions.bitmaps.is_some())
+        if matches!(&self.info().specific, FormatInfo::Qcow2(info) if info.area.bitmap_directory().is_some())
         {
             // They would tell of another disk.
             return self

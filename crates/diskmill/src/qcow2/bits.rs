@@ -74,7 +74,7 @@ impl Bits {
     }
 
     /// Clears all bits from `len` on.
-    fn truncate(&mut self, len: u64) {
+    pub(crate) fn truncate(&mut self, len: u64) {
         let (key, within) = (len / PAGE_BITS, len % PAGE_BITS);
         let mut tail = self.pages.split_off(&key);
         let Some(last) = tail.remove(&key).filter(|_| within > 0) else { return };

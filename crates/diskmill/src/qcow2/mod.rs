@@ -12,6 +12,7 @@ pub(crate) use assembler::Qcow2Assembler;
 pub(crate) use bits::{Bits, read_table};
 pub use encryption::LuksOptions;
 pub(crate) use layout::{FileLen, Files, Qcow2Layout};
+pub(crate) use options::parse_bool;
 pub use options::{Compat, Preallocation, Qcow2Options};
 pub use preallocated::is_metadata_preallocated;
 

@@ -21,6 +21,18 @@ pub enum Compat {
     V3,
 }
 
+impl FromStr for Compat {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "0.10" | "v2" => Ok(Self::V2),
+            "1.1" | "v3" => Ok(Self::V3),
+            other => Err(Error::invalid(format!("compat={other:?}")).hint("0.10 or 1.1")),
+        }
+    }
+}
+
 /// How much of a fresh image is allocated beforehand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Preallocation {
@@ -101,7 +113,7 @@ impl Default for Qcow2Options {
 }
 
 /// `on` or `off`, and what else QEMU takes for them.
-fn parse_bool(name: &str, value: &str) -> Result<bool> {
+pub(crate) fn parse_bool(name: &str, value: &str) -> Result<bool> {
     match value {
         "on" | "yes" | "true" | "y" => Ok(true),
         "off" | "no" | "false" | "n" => Ok(false),
@@ -141,11 +153,7 @@ impl Qcow2Options {
     pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
         match name {
             "compat" => {
-                self.compat = match value {
-                    "0.10" | "v2" => Compat::V2,
-                    "1.1" | "v3" => Compat::V3,
-                    other => return Err(Error::invalid(format!("compat={other:?}")).hint("0.10 or 1.1")),
-                }
+                self.compat = value.parse()?;
             }
             "cluster_size" => self.cluster_size = Some(parse_size(value)?),
             "refcount_bits" => {

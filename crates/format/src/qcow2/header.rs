@@ -249,7 +249,7 @@ impl Header {
         Ok(())
     }
 
-    /// Writes the fields that an edit may change (size, places and lengths of tables, feature bits) into `sector`, the
+    /// Writes the fields that an edit may change (size, places and lengths of tables, refcount width, feature bits) into `sector`, the
     /// first bytes of the file; the rest of it stays as it is. Returns whether `sector` holds the whole header.
     ///
     /// All of them lie in the first 512 bytes, so that one sector write changes them together or not at all.
@@ -267,6 +267,7 @@ impl Header {
             BigEndian::write_u64(&mut out[72..], self.incompatible);
             BigEndian::write_u64(&mut out[80..], self.compatible);
             BigEndian::write_u64(&mut out[88..], self.autoclear);
+            BigEndian::write_u32(&mut out[96..], self.refcount_width.order());
         }
         true
     }
@@ -356,6 +357,14 @@ impl HeaderArea {
             }
             done => done,
         }
+    }
+
+    /// The same without the names of feature bits, which no reader needs.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_without_feature_names(&self) -> Result<Vec<u8>, FormatError> {
+        self.encode_with(&Extensions { feature_names: Vec::new(), ..self.extensions.clone() })
     }
 
     fn encode_with(&self, extensions: &Extensions) -> Result<Vec<u8>, FormatError> {

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use diskmill_format::HostOffset;
-use diskmill_format::qcow2::{Bitmap, BitmapCluster};
+use diskmill_format::qcow2::{BITMAP_FLAGS_AT, Bitmap, BitmapCluster};
 
 use super::Qcow2Writer;
 use super::meta::Meta;
@@ -81,6 +81,20 @@ impl Qcow2Writer {
         })
     }
 
+    /// Changes the size of the disk in the header, and with it the bitmaps: those of a longer disk have no bits for its
+    /// new area. They are marked as in use while the two do not fit each other.
+    pub(super) fn put_size(&self, meta: &mut Meta, size: u64) -> Result<()> {
+        if meta.area.bitmap_directory().is_none() {
+            return meta.put_header(|header| header.size = size);
+        }
+        self.recorder.save(meta)?;
+        let done = meta.change_bitmaps(|meta, draft| meta.resize_bitmaps(draft, size)).and_then(|()| {
+            meta.put_header(|header| header.size = size)?;
+            meta.unmark_bitmaps()
+        });
+        self.recorder.load(meta).and(done)
+    }
+
     fn change_bitmaps<T>(&self, change: impl FnOnce(&mut Meta, &mut Draft) -> Result<T>) -> Result<T> {
         let mut meta = self.meta();
         self.recorder.save(&mut meta)?;
@@ -134,6 +148,36 @@ impl Meta {
 
     pub(super) fn bitmap_table(&self, bitmap: &Bitmap) -> Result<Vec<BitmapCluster>> {
         read_table(&**self.disk.storage(), bitmap, self.geometry, self.area.header.size, &self.limits)
+    }
+
+    /// Remakes all bitmaps for a disk of `size` bytes, marked as in use.
+    fn resize_bitmaps(&mut self, draft: &mut Draft, size: u64) -> Result<()> {
+        let old = self.area.header.size;
+        let mut bitmaps = std::mem::take(&mut draft.bitmaps);
+        for bitmap in &mut bitmaps {
+            check(bitmap)?;
+            let mut bits = self.read_bits(bitmap)?;
+            self.free_bits(draft, bitmap);
+            bits.truncate(size.div_ceil(bitmap.granularity()));
+            // Tables are as long as the disk asks for.
+            self.area.header.size = size;
+            let stored = self.store_bits(draft, bitmap.clone(), &bits);
+            self.area.header.size = old;
+            *bitmap = Bitmap { in_use: true, ..stored? };
+        }
+        draft.bitmaps = bitmaps;
+        Ok(())
+    }
+
+    /// Takes the marks away.
+    fn unmark_bitmaps(&mut self) -> Result<()> {
+        let Some((_, mut at, _)) = self.area.bitmap_directory() else { return Ok(()) };
+        for bitmap in self.bitmaps()? {
+            let flags = Bitmap { in_use: false, ..bitmap.clone() }.flags();
+            self.disk.write(&flags.to_be_bytes(), at.saturating_add(BITMAP_FLAGS_AT))?;
+            at = at.saturating_add(bitmap.encoded_len() as u64);
+        }
+        self.disk.sync()
     }
 
     fn change_bitmaps<T>(&mut self, change: impl FnOnce(&mut Self, &mut Draft) -> Result<T>) -> Result<T> {

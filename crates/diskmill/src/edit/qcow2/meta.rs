@@ -293,7 +293,7 @@ impl Meta {
     }
 
     /// Forgets all changes that the file does not have.
-    fn reload(&mut self) -> Result<()> {
+    pub(super) fn reload(&mut self) -> Result<()> {
         self.cache.clear();
         self.new_blocks.clear();
         self.fresh.clear();
@@ -303,6 +303,7 @@ impl Meta {
         let got = crate::reader::read_full(&**self.disk.storage(), &mut cluster, 0)?;
         cluster.truncate(got);
         self.area = HeaderArea::parse(&cluster, &self.limits)?;
+        self.width = self.area.header.refcount_width;
         self.read_blocks()
     }
 

@@ -1,5 +1,6 @@
 //! Writing to qcow2 images.
 
+mod amend;
 mod backing;
 mod bitmaps;
 mod cache;
@@ -11,6 +12,7 @@ mod refcounts;
 mod resize;
 mod snapshots;
 mod tables;
+mod width;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -47,7 +47,7 @@ impl Meta {
         Ok(self.count(cluster)?.saturating_sub(lower))
     }
 
-    fn set_count(&mut self, cluster: u64, count: u64) -> Result<()> {
+    pub(super) fn set_count(&mut self, cluster: u64, count: u64) -> Result<()> {
         if count > self.width.max() {
             let bits = self.width.bits();
             return Err(Error::new(

@@ -33,8 +33,9 @@ impl Qcow2Writer {
             return Err(Error::unsupported("resizing a version 2 image that has snapshots")
                 .hint("they do not know their size; `amend -o compat=1.1` upgrades the image"));
         }
-        if meta.area.extensions.bitmaps.is_some() {
-            return Err(Error::unsupported("resizing an image with persistent bitmaps"));
+        // What cannot be resized is refused before anything changes.
+        if meta.area.bitmap_directory().is_some() {
+            meta.bitmaps()?.iter().try_for_each(super::check_bitmap)?;
         }
         meta.grow_l1(size)
     }
@@ -69,7 +70,7 @@ impl Qcow2Writer {
         let mut meta = self.meta();
         meta.commit()?;
         meta.sync()?;
-        meta.put_header(|header| header.size = new.end)
+        self.put_size(&mut meta, new.end)
     }
 
     /// Makes the guest bytes of `range`, behind the end of the disk, read as zeros: those of the last cluster, those
@@ -170,7 +171,7 @@ impl Qcow2Writer {
             let mut meta = self.meta();
             meta.commit()?;
             meta.sync()?;
-            meta.put_header(|header| header.size = size)?;
+            self.put_size(&mut meta, size)?;
         }
         self.give_up_behind(size)?;
         if self.external && !self.data.storage().is_block_device() {

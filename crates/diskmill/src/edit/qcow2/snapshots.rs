@@ -102,7 +102,7 @@ impl Meta {
         }
     }
 
-    fn l1_of(&self, snapshot: &Snapshot) -> Result<L1> {
+    pub(super) fn l1_of(&self, snapshot: &Snapshot) -> Result<L1> {
         let l1 = L1 { offset: snapshot.l1_offset.get(), entries: snapshot.l1_size };
         let aligned = l1.offset.is_multiple_of(self.cluster_size()) && l1.offset >> 56 == 0;
         if !aligned || u64::from(l1.entries) * 8 > self.limits.qcow2_l1_bytes {
@@ -249,7 +249,7 @@ impl Meta {
     }
 
     /// Replaces the snapshot table, which holds `old`.
-    fn put_snapshots(&mut self, old: &[Snapshot], new: &[&Snapshot]) -> Result<()> {
+    pub(super) fn put_snapshots(&mut self, old: &[Snapshot], new: &[&Snapshot]) -> Result<()> {
         let old_len = old
             .iter()
             .try_fold(0, |len, snapshot| Ok::<u64, Error>(len + snapshot.encode()?.len() as u64))?;

@@ -1,0 +1,102 @@
+//! create, resize, snapshot and amend under the program's own name.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+use std::path::Path;
+
+use diskmill_testkit::{Cmd, Outcome, scratch};
+
+fn run(dir: &Path, line: &str) -> Outcome {
+    Cmd::new(env!("CARGO_BIN_EXE_diskmill")).args(line.split(' ')).dir(dir).run()
+}
+
+fn ok(dir: &Path, line: &str) -> String {
+    let done = run(dir, line);
+    assert_eq!(done.code, Some(0), "diskmill {line}: {done}");
+    done.out()
+}
+
+fn refused(dir: &Path, line: &str, code: i32, why: &str) {
+    let done = run(dir, line);
+    assert_eq!(done.code, Some(code), "diskmill {line}: {done}");
+    assert!(done.err().contains(why), "diskmill {line}: {done}");
+}
+
+fn size(dir: &Path, image: &str) -> u64 {
+    let info = ok(dir, &format!("info --output json {image}"));
+    serde_json::from_str::<serde_json::Value>(&info).unwrap()["virtual-size"].as_u64().unwrap()
+}
+
+#[test]
+fn images_are_created() {
+    let dir = scratch();
+    let dir = dir.path();
+    assert_eq!(ok(dir, "create a.qcow2 40M"), "qcow2, 40 MiB (41943040 bytes)\n");
+    refused(dir, "create a.qcow2 1M", 1, "--force replaces it");
+    ok(dir, "create --force -q a.qcow2 20M");
+    ok(dir, "create -b a.qcow2 b.qcow2");
+    assert_eq!((size(dir, "a.qcow2"), size(dir, "b.qcow2")), (20 << 20, 20 << 20));
+    ok(dir, "create -o subformat=monolithicFlat a.vmdk 1M");
+    ok(dir, "create disk 1M");
+    assert_eq!(std::fs::metadata(dir.join("disk")).unwrap().len(), 1 << 20);
+    refused(dir, "create -b disk c.qcow2", 1, "say -F raw");
+    ok(dir, "create -b disk -F raw c.qcow2");
+    refused(dir, "create d.qcow2", 2, "size of the disk is missing");
+    refused(dir, "create -b nothing d.qcow2", 1, "nothing");
+    assert!(ok(dir, "create -f qcow2 -o help").contains("refcount_bits"));
+    refused(dir, "create -f ova d.ova 1M", 1, "is not supported");
+}
+
+#[test]
+fn disks_are_resized() {
+    let dir = scratch();
+    let dir = dir.path();
+    ok(dir, "create a.qcow2 4M");
+    assert_eq!(ok(dir, "resize a.qcow2 +4M"), "4 MiB -> 8 MiB (8388608 bytes)\n");
+    refused(dir, "resize a.qcow2 -2M", 1, "--shrink allows that");
+    ok(dir, "resize --shrink a.qcow2 -2M");
+    ok(dir, "resize a.qcow2 -q 8M");
+    assert_eq!(size(dir, "a.qcow2"), 8 << 20);
+    refused(dir, "resize --shrink a.qcow2 -8M", 1, "no bytes would be left");
+    refused(dir, "resize a.qcow2 9000001", 1, "multiples of 512");
+    refused(dir, "resize --preallocation full --shrink a.qcow2 1M", 1, "disks that grow");
+    ok(dir, "check a.qcow2");
+}
+
+#[test]
+fn snapshots_are_taken_listed_applied_and_deleted() {
+    let dir = scratch();
+    let dir = dir.path();
+    ok(dir, "create a.qcow2 4M");
+    assert_eq!(ok(dir, "snapshot list a.qcow2"), "");
+    assert_eq!(ok(dir, "snapshot create a.qcow2 first"), "snapshot 1 (first) taken\n");
+    ok(dir, "snapshot -c second a.qcow2");
+    let list = ok(dir, "snapshot list --output json a.qcow2");
+    let list: serde_json::Value = serde_json::from_str(&list).unwrap();
+    assert_eq!((&list[0]["name"], &list[1]["id"]), (&"first".into(), &"2".into()));
+    ok(dir, "resize a.qcow2 8M");
+    ok(dir, "snapshot apply a.qcow2 1");
+    assert_eq!(size(dir, "a.qcow2"), 4 << 20);
+    ok(dir, "snapshot delete a.qcow2 snapshot.name=second");
+    ok(dir, "snapshot -d first a.qcow2");
+    assert_eq!(ok(dir, "snapshot -l a.qcow2"), "");
+    refused(dir, "snapshot delete a.qcow2 first", 1, "has no snapshot");
+    refused(dir, "snapshot", 2, "wants a command");
+    ok(dir, "check a.qcow2");
+}
+
+#[test]
+fn properties_are_amended() {
+    let dir = scratch();
+    let dir = dir.path();
+    ok(dir, "create a.qcow2 4M");
+    ok(dir, "amend -o compat=0.10 a.qcow2");
+    refused(dir, "amend -o refcount_bits=8 a.qcow2", 1, "compat=1.1");
+    ok(dir, "amend -o compat=1.1,refcount_bits=8,lazy_refcounts,size=8M a.qcow2");
+    let info = ok(dir, "info a.qcow2");
+    for fact in ["compat: 1.1", "refcount bits: 8", "lazy refcounts: true", "8 MiB"] {
+        assert!(info.contains(fact), "{fact} in {info}");
+    }
+    refused(dir, "amend -o cluster_size=4k a.qcow2", 1, "is not supported");
+    refused(dir, "amend -o backing_file=x a.qcow2", 1, "rebase");
+    ok(dir, "check a.qcow2");
+}
