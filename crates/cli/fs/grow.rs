@@ -1,10 +1,10 @@
 //! `grow`: image, partition, logical volume and file system, from the outside in.
 
-use std::fs::File;
 use std::path::PathBuf;
 
 use clap::Args;
-use diskmill::{Format, Image, parse_size};
+use diskmill::edit::Preallocation;
+use diskmill::{Image, OpenOptions, parse_size};
 use diskmill_guestfs::Command;
 use serde_json::json;
 
@@ -44,20 +44,26 @@ const SECTOR: u64 = 512;
 const ALIGNMENT: u64 = 2048;
 
 pub(crate) fn grow(args: &GrowArgs) -> Result<Exit, Failure> {
-    let before = Image::open(&args.file, &args.image.open.options(args.image.format))?;
-    let (format, old_size) = (before.info().format, before.size());
-    drop(before);
+    let options = args.image.open.options(args.image.format);
+    let old_size = Image::open(&args.file, &options)?.size();
     let new_size = match &args.size {
         Some(text) => wanted_size(text, old_size)?,
         None => old_size,
     };
     if new_size > old_size {
-        grow_image(args, format, new_size)?;
+        let mut image = Image::open(&args.file, &OpenOptions { writable: true, ..options })?;
+        image.resize(new_size, Preallocation::Off)?;
+        image.close()?;
     }
     let mut guest = Guest::unmounted(&args.image, &args.file, Access::Write)?;
     guest.take_mounts()?;
-    let grown = grow_inside(&mut guest, args)?;
+    let mut grown = Vec::new();
+    let unsupported = grow_inside(&mut guest, args, &mut grown)?;
     guest.finish()?;
+    if let Some(content) = unsupported {
+        let grown = if grown.is_empty() { "nothing".to_owned() } else { grown.join(", ") };
+        return Err(Failure::failed(format!("growing {content} is not supported; grown: {grown}")));
+    }
     if args.image.json {
         return print_json(&json!({ "size-before": old_size, "size": new_size, "grown": grown }));
     }
@@ -84,29 +90,15 @@ fn wanted_size(text: &str, old: u64) -> Result<u64, Failure> {
     Ok(size)
 }
 
-fn grow_image(args: &GrowArgs, format: Format, size: u64) -> Result<(), Failure> {
-    if format != Format::Raw {
-        return Err(Failure::failed(format!(
-            "growing a {} image here is not supported yet: resize it first, then run `diskmill fs grow` without SIZE",
-            format.name()
-        )));
-    }
-    let failed =
-        |error: std::io::Error| Failure::failed(format!("{:?}: cannot be grown: {error}", args.file));
-    let file = File::options().write(true).open(&args.file).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(Failure::failed(format!("{:?} is a device: it cannot be grown", args.file)));
-    }
-    file.set_len(size).map_err(failed)
-}
-
-/// Grows partition, volume and file system; says which.
-fn grow_inside(guest: &mut Guest, args: &GrowArgs) -> Result<Vec<String>, Failure> {
+/// Grows partition, volume and file system, and adds them to `grown`; tells of content that cannot grow.
+fn grow_inside(
+    guest: &mut Guest,
+    args: &GrowArgs,
+    grown: &mut Vec<String>,
+) -> Result<Option<String>, Failure> {
     const DISK: &str = "/dev/sda";
-    let mut grown = Vec::new();
     let Some(table) = guest.try_call(Command::new("part-get-parttype").arg(DISK))? else {
-        grow_content(guest, DISK, args, &mut grown)?;
-        return Ok(grown);
+        return grow_content(guest, DISK, args, grown);
     };
     let gpt = table.starts_with(b"gpt");
     if gpt {
@@ -145,8 +137,7 @@ fn grow_inside(guest: &mut Guest, args: &GrowArgs) -> Result<Vec<String>, Failur
         guest.call(Command::new("part-resize").arg(DISK).arg(&number).arg(end.to_string()))?;
         grown.push(partition.clone());
     }
-    grow_content(guest, &partition, args, &mut grown)?;
-    Ok(grown)
+    grow_content(guest, &partition, args, grown)
 }
 
 /// Grows what is on a device up to the device's size.
@@ -155,7 +146,7 @@ fn grow_content(
     device: &str,
     args: &GrowArgs,
     grown: &mut Vec<String>,
-) -> Result<(), Failure> {
+) -> Result<Option<String>, Failure> {
     let content = guest.text(Command::new("vfs-type").arg(device))?;
     let on = |command: &str| Command::new(command).arg(device);
     match content.as_str() {
@@ -186,12 +177,12 @@ fn grow_content(
             return grow_content(guest, &volume.clone(), args, grown);
         }
         other => {
-            guest.remark(&format!("{device}: growing \"{}\" is not supported", names::shown(other)));
-            return Ok(());
+            let content = if other.is_empty() { "what is not known" } else { other };
+            return Ok(Some(format!("{} on {device}", names::shown(content))));
         }
     }
     grown.push(format!("{content} on {device}"));
-    Ok(())
+    Ok(None)
 }
 
 fn in_mounted(guest: &mut Guest, device: &str, command: Command) -> Result<(), Failure> {
