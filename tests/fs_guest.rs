@@ -59,7 +59,8 @@ fn a_debian_is_inspected_customised_and_grown() {
     fs::write(dir.join("extra"), "extra\n").unwrap();
     let words = ["customize", "-q", "changed.raw", "--hostname", "after", "--timezone", "Europe/Berlin"];
     let more = ["--user", "bob", "--password", "bob:file:password", "--upload", "extra:/etc/extra"];
-    let _ = fs.ok(&[&words[..], &more].concat());
+    let history = ["--upload", "extra:/root/.bash_history"];
+    let _ = fs.ok(&[&words[..], &more, &history].concat());
 
     let diff = fs.cmd(&["diff", "--json", "debian.raw", "changed.raw", "/etc"]).fails(1).json();
     let changed = |path: &str| diff.as_array().unwrap().iter().find(|item| item["path"] == path).cloned();
@@ -85,20 +86,27 @@ fn a_debian_is_inspected_customised_and_grown() {
 
     let grown = fs.ok(&["grow", "--json", "changed.raw", "+100M"]).json();
     assert_eq!(grown["size"], 800u64 << 20);
-    let found = fs
-        .ok(&["find", "--json", "--name", "{gone,motd,extra}", "--type", "f", "changed.raw", "/etc"])
-        .json();
-    assert_eq!(found.as_array().unwrap().len(), 2, "{found}");
 
     fs::create_dir(dir.join("mnt")).unwrap();
-    if require_program("guestmount").is_some() && Path::new("/dev/fuse").exists() {
-        let _ = fs.ok(&["mount", "changed.raw", "mnt"]);
+    let mounts = require_program("guestmount").is_some() && Path::new("/dev/fuse").exists();
+    if mounts {
+        let _ = fs.ok(&["mount", "--write", "changed.raw", "mnt"]);
         assert!(fs::read_to_string(dir.join("mnt/etc/motd")).unwrap().starts_with("edited\n"));
-        let size = fs::metadata(dir.join("changed.raw")).unwrap().len();
+        fs::write(dir.join("mnt/etc/mounted"), "through FUSE").unwrap();
+        // One writer at a time.
+        fs.cmd(&["rm", "changed.raw", "/etc/motd"]).fails(1).says(&["lock"]);
         let _ = fs.ok(&["umount", "mnt"]);
-        assert_eq!(size, 800 << 20);
         assert!(!dir.join("mnt/etc").exists());
     }
+    let operations = ["sysprep", "-q", "--operations", "bash-history", "changed.raw"];
+    let _ = fs.ok(&operations);
+    let names = "{gone,motd,extra,mounted,.bash_history}";
+    let found = fs.ok(&["find", "--json", "--name", names, "--type", "f", "changed.raw", "/"]).json();
+    let found: Vec<&str> =
+        found.as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
+    let has = |path: &str| found.contains(&path);
+    assert!(has("/etc/extra") && has("/etc/motd") && has("/etc/mounted") == mounts, "{found:?}");
+    assert!(!has("/gone") && !has("/root/.bash_history"), "{found:?}");
     let df = fs.ok(&["df", "--json", "changed.raw"]).json();
     assert!(df[0]["filesystems"][0]["usage"]["size"].as_u64().unwrap() > 740 << 20, "{df}");
 }

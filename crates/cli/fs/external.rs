@@ -89,6 +89,13 @@ impl Tool {
         }
         if args.mount.is_empty() {
             self.process.arg("-i");
+        } else if !args.image.key.is_empty() {
+            // guestfish(1), "OPENING DISKS WITH LUKS": encrypted volumes are opened by -i.
+            return Err(Failure::usage(format!(
+                "--key together with -m is not supported by {}: it opens LUKS volumes only for the mounts of an operating \
+                 system",
+                self.name
+            )));
         }
         for spec in &args.mount {
             let mut text = format!("{}:{}", spec.device, spec.folder);

@@ -53,7 +53,7 @@ pub(crate) struct ScriptArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
 
-    /// The commands; `-` is standard input
+    /// The commands; `-` is standard input. Those that ask for a passphrase ask on the terminal
     #[arg(value_name = "FILE")]
     pub(crate) script: PathBuf,
 
