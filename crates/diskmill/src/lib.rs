@@ -167,6 +167,7 @@ mod image;
 mod layout;
 pub mod measure;
 pub mod ova;
+mod parallel;
 mod policy;
 mod probe;
 pub mod qcow2;

@@ -9,6 +9,7 @@ use crate::edit::ZeroHow;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{MapError, Source};
+use crate::parallel::in_parallel;
 
 /// Guest bytes that are read and written at once.
 const STEP: u64 = 2 << 20;
@@ -29,42 +30,33 @@ pub(super) fn fill(
     threads: usize,
     monitor: &Monitor,
 ) -> Result<Vec<BadRange>> {
-    let (bad, failed) = pour(sources, &target, options, threads, monitor);
+    let bad = Mutex::default();
+    let done = pour(&Pour { target: &target, options, monitor, bad: &bad }, sources, threads);
     // After a failure, too, the image is closed in good order.
     let closed = target.close();
-    match failed {
-        Some(error) => Err(error),
-        None => closed.map(|()| bad),
-    }
+    done.and(closed)?;
+    Ok(bad.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn pour(
-    sources: &[Image],
-    target: &Image,
-    options: &ConvertOptions,
-    threads: usize,
-    monitor: &Monitor,
-) -> (Vec<BadRange>, Option<Error>) {
-    let walk = Walk { sources, index: 0, at: 0, base: 0, bad: Vec::new(), failed: None };
-    let shared = Shared { walk: Mutex::new(walk), target, options, monitor };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // With fewer threads than planned the work gets done all the same.
-            if std::thread::Builder::new().spawn_scoped(scope, || shared.work()).is_err() {
-                break;
-            }
-        }
-        shared.work();
-    });
-    let walk = shared.walk.into_inner().unwrap_or_else(PoisonError::into_inner);
-    (walk.bad, walk.failed)
+fn pour(pour: &Pour<'_>, sources: &[Image], threads: usize) -> Result<()> {
+    let mut walk = Walk { sources, index: 0, at: 0, base: 0 };
+    in_parallel(
+        threads,
+        || walk.next(pour),
+        Vec::new,
+        |step, buf| {
+            pour.step(&step, buf)?;
+            pour.monitor.add_done(step.len);
+            Ok(())
+        },
+    )
 }
 
-struct Shared<'a> {
-    walk: Mutex<Walk<'a>>,
+struct Pour<'a> {
     target: &'a Image,
     options: &'a ConvertOptions,
     monitor: &'a Monitor,
+    bad: &'a Mutex<Vec<BadRange>>,
 }
 
 /// How far the sources are handed out.
@@ -74,9 +66,6 @@ struct Walk<'a> {
     index: usize,
     at: u64,
     base: u64,
-    bad: Vec<BadRange>,
-    /// The first failure ends it all.
-    failed: Option<Error>,
 }
 
 struct Step<'a> {
@@ -90,7 +79,11 @@ struct Step<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn next(&mut self, options: &ConvertOptions) -> Result<Option<Step<'a>>> {
+    fn next(&mut self, pour: &Pour<'_>) -> Result<Option<Step<'a>>> {
+        if pour.monitor.is_cancelled() {
+            return Err(Error::cancelled());
+        }
+        let options = pour.options;
         let source = loop {
             let Some(source) = self.sources.get(self.index) else { return Ok(None) };
             if self.at < source.size() {
@@ -105,7 +98,7 @@ impl<'a> Walk<'a> {
             Ok(extent) => (extent.guest.end, extent.source == Source::Zero && options.granule() != 0),
             Err(MapError { error, len }) if options.salvage => {
                 let len = len.min(source.size() - at);
-                BadRange { start: to, len, reason: error.to_string() }.add_to(&mut self.bad);
+                pour.bad(BadRange { start: to, len, reason: error.to_string() });
                 (at + len, true)
             }
             Err(MapError { error, .. }) => return Err(error),
@@ -118,36 +111,9 @@ impl<'a> Walk<'a> {
     }
 }
 
-impl Shared<'_> {
-    fn work(&self) {
-        let mut buf = Vec::new();
-        loop {
-            let step = {
-                let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
-                if walk.failed.is_some() {
-                    return;
-                }
-                let next = if self.monitor.is_cancelled() {
-                    Err(Error::cancelled())
-                } else {
-                    walk.next(self.options)
-                };
-                match next {
-                    Ok(Some(step)) => step,
-                    Ok(None) => return,
-                    Err(error) => {
-                        walk.failed = Some(error);
-                        return;
-                    }
-                }
-            };
-            if let Err(error) = self.step(&step, &mut buf) {
-                let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
-                walk.failed.get_or_insert(error);
-                return;
-            }
-            self.monitor.add_done(step.len);
-        }
+impl Pour<'_> {
+    fn bad(&self, range: BadRange) {
+        range.add_to(&mut self.bad.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn step(&self, step: &Step<'_>, buf: &mut Vec<u8>) -> Result<()> {
@@ -190,9 +156,8 @@ impl Shared<'_> {
             let skip = (index * SALVAGE_STEP) as u64;
             if let Err(error) = reader.read_at(part, step.at + skip) {
                 part.fill(0);
-                let lost =
-                    BadRange { start: step.to + skip, len: part.len() as u64, reason: error.to_string() };
-                lost.add_to(&mut self.walk.lock().unwrap_or_else(PoisonError::into_inner).bad);
+                let (start, len) = (step.to + skip, part.len() as u64);
+                self.bad(BadRange { start, len, reason: error.to_string() });
             }
         }
         Ok(())

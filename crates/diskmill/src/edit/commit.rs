@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::parallel::in_parallel;
 use super::{Preallocation, ZeroHow};
 use crate::convert::Monitor;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Depth, Image, OpenOptions};
 use crate::layout::Source;
+use crate::parallel::in_parallel;
 use crate::probe::{Format, PROBE_BYTES};
 
 /// Guest bytes that a thread copies at once; a multiple of all cluster sizes.
@@ -134,6 +134,7 @@ fn copy(overlay: &Image, base: &Image, monitor: &Monitor) -> Result<()> {
     monitor.start(overlay.size());
     let mut at = 0;
     in_parallel(
+        diskmill_io::cpus(),
         || next(overlay, &mut at, monitor),
         || (overlay.reader(), Vec::new()),
         |piece, (reader, buf)| {

@@ -22,7 +22,6 @@ mod amend;
 mod bitmap;
 mod commit;
 mod disk;
-mod parallel;
 mod qcow2;
 mod ranges;
 mod raw;

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use diskmill_codec::is_zero;
 
 use super::ZeroHow;
-use super::parallel::in_parallel;
 use crate::convert::Monitor;
 use crate::error::{Error, Result};
 use crate::image::{Depth, Image, OpenOptions, resolve};
 use crate::layout::{Extent, FormatInfo, LayerSource, Source};
+use crate::parallel::in_parallel;
 use crate::probe::Format;
 
 /// Guest bytes that a thread compares at once; a multiple of all cluster sizes.
@@ -134,6 +134,7 @@ impl Rebase {
         monitor.start(self.image.size());
         let mut at = 0;
         in_parallel(
+            diskmill_io::cpus(),
             || self.next(&mut at, unit, monitor),
             || {
                 let new = self.new.as_ref().map(|(image, _)| image.reader());

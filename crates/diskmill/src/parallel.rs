@@ -4,9 +4,10 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// Does pieces of work from one thread for each CPU. `next` names them one after the other; `worker` makes what a thread
+/// Does pieces of work from `threads` threads. `next` names them one after the other; `worker` makes what a thread
 /// keeps between pieces. After the first error nothing new is begun, and it is returned.
-pub(super) fn in_parallel<T: Send, W>(
+pub(crate) fn in_parallel<T: Send, W>(
+    threads: usize,
     next: impl FnMut() -> Result<Option<T>> + Send,
     worker: impl Fn() -> W + Sync,
     work: impl Fn(T, &mut W) -> Result<()> + Sync,
@@ -32,7 +33,7 @@ pub(super) fn in_parallel<T: Send, W>(
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..diskmill_io::cpus() {
+        for _ in 1..threads {
             // With fewer threads than planned the work gets done all the same.
             if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
                 break;
@@ -55,6 +56,7 @@ mod tests {
         let run = |bad: u64| {
             let mut at = 0;
             in_parallel(
+                4,
                 || {
                     at += 1;
                     Ok((at <= 1000).then_some(at))
