@@ -344,3 +344,35 @@ fn it_says_what_it_stands_for() {
 fn content(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
 }
+
+#[test]
+fn passphrases_reach_the_image() {
+    let key = "--object secret,id=s,data=abc";
+    let image = |name: &str| format!("driver=qcow2,encrypt.key-secret=s,file.filename={name}");
+    let Some(pair) = Pair::new(|oracle| {
+        let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+        let create = format!("create -q {key} -f qcow2 -o {luks}");
+        for name in ["a.qcow2", "b.qcow2"] {
+            oracle.img(create.split(' ').chain([name, "2M"])).ok();
+        }
+        let write = format!("{key} --image-opts {}", image("a.qcow2"));
+        oracle.io(["-c", "write -P 7 64k 300k"]).args(write.split(' ')).ok();
+    }) else {
+        return;
+    };
+    pair.same(&format!("convert {key} --image-opts {} -O raw a.raw", image("a.qcow2")));
+    pair.same_disk("a.raw", "raw");
+    pair.same(&format!("map {key} --output json --image-opts {}", image("a.qcow2")));
+    pair.same(&format!("compare {key} --image-opts {} driver=raw,file.filename=a.raw", image("a.qcow2")));
+    for line in [
+        format!("convert {} -O raw b.raw", "a.qcow2"),
+        format!("convert --image-opts {} -O raw b.raw", image("a.qcow2")),
+        format!("convert --object secret,id=s,data=wrong --image-opts {} -O raw b.raw", image("a.qcow2")),
+        format!(
+            "convert -n --image-opts --target-image-opts driver=raw,file.filename=a.raw {}",
+            image("b.qcow2")
+        ),
+    ] {
+        pair.same(&line);
+    }
+}

@@ -84,13 +84,16 @@ impl Request {
         if let Some(sparse) = sparse {
             options.sparse_size = sparse;
         }
-        let target = args.has("target-image-opts").then(|| Context {
-            image_opts: true,
-            format: None,
-            force_share: false,
-            cache: None,
-            secrets: Default::default(),
-        });
+        let target = match args.has("target-image-opts") {
+            true => Some(Context {
+                image_opts: true,
+                format: None,
+                force_share: false,
+                cache: None,
+                secrets: Secrets::of(args)?,
+            }),
+            false => None,
+        };
         let mut request = Self { options, context, target };
         request.context.cache = cache_mode(args, "source-cache", "source cache")?;
         if request.options.create {
