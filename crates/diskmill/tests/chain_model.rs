@@ -133,6 +133,7 @@ struct Chain {
     dir: PathBuf,
     model: ModelDisk,
     on: Backing,
+    v2: bool,
 }
 
 const TOP: &str = "top.qcow2";
@@ -151,7 +152,7 @@ impl Chain {
         let steps = top.steps();
         q.write(TOP, "qcow2", &steps);
         steps.iter().for_each(|step| model.apply(step));
-        Some(Self { q, dir: dir.to_owned(), model, on: Backing::OverA })
+        Some(Self { q, dir: dir.to_owned(), model, on: Backing::OverA, v2: top.v2 })
     }
 
     fn write(&mut self, ours: bool, steps: &[Step]) {
@@ -202,7 +203,8 @@ impl Chain {
     }
 
     fn rebase(&mut self, ours: bool, onto: Backing) {
-        if ours {
+        // QEMU 10 loses the zeros of a version 2 image that had no backing file.
+        if ours || (self.v2 && self.on == Backing::Nothing) {
             let mut rebase = Rebase::open(self.dir.join(TOP), &options(), RebaseMode::Safe).unwrap();
             if let Some((name, format)) = onto.file() {
                 rebase.onto(name, Some(format.parse::<Format>().unwrap())).unwrap();

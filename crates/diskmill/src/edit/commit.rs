@@ -22,7 +22,7 @@ pub struct CommitOptions {
     /// A relative path starts at the working directory, or else at the overlay's folder. The layers between then show
     /// something else than before, so that the overlay is not emptied.
     pub base: Option<PathBuf>,
-    /// Leave the overlay as it is: for one that is thrown away.
+    /// Leave the overlay as it is: for one that is thrown away. Only a qcow2 image is emptied anyway, as by QEMU.
     pub keep_overlay: bool,
 }
 
@@ -62,7 +62,10 @@ impl Commit {
             None => Depth::AboveNext,
             Some(base) => Depth::Above(candidates(path, base)),
         };
-        let empty = !options.keep_overlay && options.base.is_none();
+        let look =
+            OpenOptions { metadata_only: true, force_share: true, writable: false, ..options.open.clone() };
+        let is_qcow2 = Image::open(path, &look)?.info().format == Format::Qcow2;
+        let empty = !options.keep_overlay && options.base.is_none() && is_qcow2;
         let open = OpenOptions { writable: empty, snapshot: None, ..options.open.clone() };
         let (overlay, base) = Image::open_part(path, &open, depth)?;
         let base = base.ok_or_else(|| match &options.base {
