@@ -210,6 +210,14 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) salvage: bool,
 
+    /// Carry the persistent bitmaps of a qcow2 source over into the qcow2 target
+    #[arg(long)]
+    pub(crate) bitmaps: bool,
+
+    /// Leave out bitmaps that were not saved, instead of failing
+    #[arg(long, requires = "bitmaps")]
+    pub(crate) skip_broken_bitmaps: bool,
+
     /// First check all files of the sources, which must be OVAs, against their manifests
     #[arg(long)]
     pub(crate) verify: bool,

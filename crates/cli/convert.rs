@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill::convert::{
-    BadRange, Compression, ConvertOptions, Input, Monitor, Output, Reflink, Summary, TargetFormat,
+    BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output, Reflink, Summary,
+    TargetFormat,
 };
 use diskmill::vmdk::VmdkStream;
 use diskmill::{Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
@@ -84,6 +85,9 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
     if !summary.bad_ranges.is_empty() {
         list_bad_ranges(&summary.bad_ranges);
     }
+    for name in &summary.skipped_bitmaps {
+        eprintln!("diskmill: warning: bitmap {name:?} was not saved: it is left out");
+    }
     if args.json {
         writeln!(io::stdout(), "{}", report(&summary, sources, target))?;
     }
@@ -139,6 +143,11 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         direct: args.direct || cache(CacheMode::is_direct),
         sync: args.sync || cache(CacheMode::is_durable),
         salvage: args.salvage,
+        bitmaps: match (args.bitmaps, args.skip_broken_bitmaps) {
+            (false, _) => CarryBitmaps::None,
+            (true, false) => CarryBitmaps::All,
+            (true, true) => CarryBitmaps::Sound,
+        },
         recompress: args.recompress,
         trust_packed: args.trust_packed,
         // Who asks for zeros to be found wants the data to be looked at.

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use diskmill::convert::{BadRange, Compression, ConvertOptions, Input, Monitor, Output};
+use diskmill::convert::{BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output};
 use diskmill::{Allow, Kind, OpenOptions, OpenPolicy};
 
 use super::drivers::Driver;
@@ -61,12 +61,6 @@ impl Request {
         if args.operands.len() < 2 {
             return Err(Fail::usage("Must specify image file name"));
         }
-        if args.has("bitmaps") {
-            return Err(Fail::new(match format.as_str() {
-                "qcow2" => "convert --bitmaps is not supported yet".to_owned(),
-                other => format!("Format driver '{other}' does not support bitmaps"),
-            }));
-        }
         let target_cache = cache_mode(args, "target-cache", "cache")?;
         let mut options = ConvertOptions {
             compress: args.has("compress").then_some(Compression::default()),
@@ -79,6 +73,11 @@ impl Request {
             direct: target_cache.is_some_and(CacheMode::is_direct),
             sync: target_cache.is_some_and(CacheMode::is_durable),
             salvage: args.has("salvage"),
+            bitmaps: match (args.has("bitmaps"), args.has("skip-broken-bitmaps")) {
+                (false, _) => CarryBitmaps::None,
+                (true, false) => CarryBitmaps::All,
+                (true, true) => CarryBitmaps::Sound,
+            },
             ..ConvertOptions::default()
         };
         if let Some(sparse) = sparse {
@@ -165,6 +164,9 @@ impl Request {
         let summary = result.map_err(|error| failure(&error, &nodes, target, &path, &options))?;
         if !quiet {
             summary.bad_ranges.iter().for_each(warn);
+        }
+        for name in &summary.skipped_bitmaps {
+            report(&format!("warning: Skipping inconsistent bitmap '{name}'"));
         }
         Ok(0)
     }
@@ -261,6 +263,11 @@ fn failure(
 ) -> Fail {
     let name = target.to_string_lossy();
     let format = options.format.name();
+    if options.bitmaps != CarryBitmaps::None
+        && let Some(message) = bitmap_failure(error.message())
+    {
+        return Fail::new(message);
+    }
     let message = match (error.kind(), error.path()) {
         (Kind::Busy, _) => messages::cannot_open(error, path, None),
         (Kind::Io, Some(at)) if nodes.iter().any(|node| node.path == at) => {
@@ -278,6 +285,20 @@ fn failure(
         _ => return Fail::new(format!("{name}: {error}")),
     };
     Fail::new(format!("{name}: {message}"))
+}
+
+/// The message for what went wrong with bitmaps.
+fn bitmap_failure(message: &str) -> Option<String> {
+    if message.starts_with("Cannot copy inconsistent bitmap") {
+        let hint = "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it";
+        return Some(format!("{message}\n{hint}"));
+    }
+    if let Some(name) = message.strip_prefix("Bitmap already exists: ") {
+        return Some(format!("Failed to create bitmap {name}: {message}"));
+    }
+    let plain =
+        ["Copying bitmaps only", "Source lacks bitmap", "Format driver", "Bitmaps are of different sizes"];
+    plain.iter().any(|start| message.starts_with(start)).then(|| message.to_owned())
 }
 
 /// Whether both are one file.

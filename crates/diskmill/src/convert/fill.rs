@@ -5,11 +5,12 @@ use std::sync::{Mutex, PoisonError};
 use diskmill_codec::runs;
 
 use super::{BadRange, ConvertOptions, Monitor};
-use crate::edit::ZeroHow;
+use crate::edit::{DirtyBits, ZeroHow};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{MapError, Source};
 use crate::parallel::in_parallel;
+use crate::qcow2::Bitmap;
 
 /// Guest bytes that are read and written at once.
 const STEP: u64 = 2 << 20;
@@ -25,13 +26,15 @@ const SALVAGE_STEP: usize = 4096;
 /// Any [`Kind`](crate::Kind); then a part of the target has been overwritten.
 pub(super) fn fill(
     sources: &[Image],
-    target: Image,
+    mut target: Image,
+    bitmaps: &[(Bitmap, DirtyBits)],
     options: &ConvertOptions,
     threads: usize,
     monitor: &Monitor,
 ) -> Result<Vec<BadRange>> {
     let bad = Mutex::default();
     let done = pour(&Pour { target: &target, options, monitor, bad: &bad }, sources, threads);
+    let done = done.and_then(|()| target.copy_bitmaps(bitmaps));
     // After a failure, too, the image is closed in good order.
     let closed = target.close();
     done.and(closed)?;

@@ -6,6 +6,7 @@
 //! its name.
 
 mod assembler;
+mod bitmaps;
 mod buffers;
 mod existing;
 mod fill;
@@ -26,6 +27,7 @@ use diskmill_codec::Codec;
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
 pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
+pub use bitmaps::CarryBitmaps;
 pub use monitor::Monitor;
 pub use options::{Compression, ConvertOptions, RawOptions, Reflink, TargetFormat};
 
@@ -33,6 +35,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::Source;
 use crate::vmdk::VmdkStream;
+use bitmaps::Carried;
 use buffers::Buffers;
 use existing::Existing;
 use placer::Placer;
@@ -116,6 +119,8 @@ pub struct Summary {
     pub seconds: f64,
     /// What could not be read, in guest order. Empty unless salvaging.
     pub bad_ranges: Vec<BadRange>,
+    /// Names of the source's bitmaps that were left out because they were not saved.
+    pub skipped_bitmaps: Vec<String>,
 }
 
 /// Converts `input` into a fresh image at `output`.
@@ -152,6 +157,7 @@ pub fn convert<'a>(
         Input::Images(images) => images,
         Input::Stream(_) | Input::VmdkStream(_) => &[],
     };
+    let carried = Carried::collect(sources, &options)?;
     let adopted = match &output {
         Output::Path(path) if !options.create && options.format.has_tables() => {
             let found = target::refuse_source(std::fs::metadata(path).ok().as_ref(), sources)
@@ -159,7 +165,7 @@ pub fn convert<'a>(
             match found.map_err(|error| error.of(path))? {
                 Existing::Empty(size) => Some(size),
                 Existing::Holding(image) => {
-                    return fill_holding(input, *image, path, &options, monitor, started);
+                    return fill_holding(input, (*image, path), carried, &options, monitor, started);
                 }
             }
         }
@@ -220,6 +226,7 @@ pub fn convert<'a>(
     let size = target.virtual_size(size);
     placer.finish(size, &options, monitor)?;
     drop(placer);
+    target.add_bitmaps(&carried.bitmaps)?;
     target.publish(&options)?;
     monitor.finish();
 
@@ -230,6 +237,7 @@ pub fn convert<'a>(
         threads,
         seconds: started.elapsed().as_secs_f64(),
         bad_ranges: merged(bad),
+        skipped_bitmaps: carried.skipped,
         ..Summary::of_bytes(monitor)
     })
 }
@@ -237,8 +245,8 @@ pub fn convert<'a>(
 /// Writes into an image that holds something (`-n`).
 fn fill_holding(
     input: Input<'_>,
-    image: Image,
-    path: &Path,
+    (image, path): (Image, &Path),
+    carried: Carried,
     options: &ConvertOptions,
     monitor: &Monitor,
     started: Instant,
@@ -253,7 +261,7 @@ fn fill_holding(
     target::fits(virtual_size, Some(size)).map_err(|error| error.of(path))?;
     monitor.start(size);
     let threads = options.threads.unwrap_or_else(diskmill_io::cpus);
-    let bad = fill::fill(sources, image, options, threads, monitor)?;
+    let bad = fill::fill(sources, image, &carried.bitmaps, options, threads, monitor)?;
     monitor.finish();
     Ok(Summary {
         virtual_size,
@@ -262,6 +270,7 @@ fn fill_holding(
         threads,
         seconds: started.elapsed().as_secs_f64(),
         bad_ranges: merged(bad),
+        skipped_bitmaps: carried.skipped,
         ..Summary::of_bytes(monitor)
     })
 }

@@ -1,7 +1,7 @@
 use diskmill_codec::{Codec, Packer, default_level, level_range};
 use diskmill_io::EngineChoice;
 
-use super::{Assembler, Output};
+use super::{Assembler, CarryBitmaps, Output};
 use crate::error::{Error, Result};
 use crate::image::OpenOptions;
 use crate::qcow2::{Preallocation, Qcow2Options};
@@ -184,6 +184,8 @@ pub struct ConvertOptions {
     pub copy_offload: bool,
     /// Do not look for the backing file of a qcow2 output, whose format must be named then.
     pub trust_backing: bool,
+    /// What becomes of the persistent bitmaps of a qcow2 source. With bitmaps to write, the output is made durable.
+    pub bitmaps: CarryBitmaps,
 }
 
 impl Default for ConvertOptions {
@@ -206,6 +208,7 @@ impl Default for ConvertOptions {
             reflink: Reflink::Auto,
             copy_offload: false,
             trust_backing: false,
+            bitmaps: CarryBitmaps::None,
         }
     }
 }

@@ -15,13 +15,14 @@ use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
+use crate::edit::DirtyBits;
 use crate::encrypted::EncryptedStorage;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
 use crate::probe::Format;
-use crate::qcow2::{Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::qcow2::{Bitmap, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::vmdk::VmdkOptions;
 
 /// Writes of at least this many bytes have their blocks reserved first, where that pays.
@@ -394,6 +395,15 @@ impl Target {
     /// The virtual size of an output that was made from `size` bytes.
     pub(super) fn virtual_size(&self, size: u64) -> u64 {
         size.max(self.least_size)
+    }
+
+    /// Adds bitmaps to a qcow2 output that is whole otherwise.
+    pub(super) fn add_bitmaps(&self, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+        if bitmaps.is_empty() {
+            return Ok(());
+        }
+        crate::edit::add_to_fresh(&self.file(TargetFile::Main)?, bitmaps)
+            .map_err(|error| error.of(&self.path))
     }
 
     /// Gives new files their names.

@@ -4,12 +4,15 @@ use std::ops::Range;
 
 use diskmill_format::qcow2::{BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME};
 use diskmill_format::{HostOffset, Limits};
+use diskmill_io::SharedStorage;
 
 use super::qcow2::check_bitmap;
-use crate::error::{Error, Kind, Result};
+#[cfg(doc)]
+use crate::error::Kind;
+use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::FormatInfo;
-use crate::qcow2::{Bitmap, Bits, read_bitmaps};
+use crate::qcow2::{Bitmap, Bits, Qcow2Info, read_bitmaps};
 
 /// What a bitmap says of the guest's disk.
 #[derive(Debug, Clone)]
@@ -30,6 +33,17 @@ impl DirtyBits {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether it speaks of a disk of `size` bytes.
+    fn check_size(&self, size: u64) -> Result<()> {
+        if self.size == size {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "Bitmaps are of different sizes (destination size is {size}, source size is {}) and can't be merged",
+            self.size
+        )))
     }
 
     /// The ranges of guest bytes that are marked, in order; they do not touch.
@@ -120,7 +134,17 @@ impl Image {
             granularity_bits: bits,
             extra: Vec::new(),
         };
-        self.edit_qcow2(WHAT, |writer| writer.add_bitmap(bitmap))
+        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(vec![(bitmap, Bits::default())]))
+    }
+
+    /// Adds bitmaps with what they mark, all at once.
+    pub(crate) fn copy_bitmaps(&mut self, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+        if bitmaps.is_empty() {
+            return Ok(());
+        }
+        let size = self.info().virtual_size;
+        let new = self.named(copies(bitmaps, size))?;
+        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(new))
     }
 
     /// Removes a bitmap. What a damaged one takes may be leaked.
@@ -153,15 +177,7 @@ impl Image {
     /// [`Kind::Invalid`] if the disks differ in size; as [`dirty_bits`](Self::dirty_bits).
     pub fn merge_bitmap(&mut self, name: &str, source: &DirtyBits) -> Result<()> {
         let size = self.info().virtual_size;
-        if source.size != size {
-            return self.named(Err(Error::new(
-                Kind::Invalid,
-                format!(
-                    "Bitmaps are of different sizes (destination size is {size}, source size is {}) and can't be merged",
-                    source.size
-                ),
-            )));
-        }
+        self.named(source.check_size(size))?;
         self.edit_qcow2(WHAT, |writer| {
             writer.change_bits(name, |bitmap, mut bits| {
                 let granularity = bitmap.granularity();
@@ -172,6 +188,23 @@ impl Image {
             })
         })
     }
+}
+
+/// Adds bitmaps to the fresh image in `storage`, and makes it durable.
+pub(crate) fn add_to_fresh(storage: &SharedStorage, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+    let limits = Limits::default();
+    let info = Qcow2Info::read(&**storage, &limits)?;
+    let new = copies(bitmaps, info.area.header.size)?;
+    super::qcow2::add_bitmaps(storage, info.area, limits, new)
+}
+
+/// New bitmaps for a disk of `size` bytes that are as these.
+fn copies(bitmaps: &[(Bitmap, DirtyBits)], size: u64) -> Result<Vec<(Bitmap, Bits)>> {
+    let copy = |(bitmap, dirty): &(Bitmap, DirtyBits)| {
+        dirty.check_size(size)?;
+        Ok((Bitmap { extra: Vec::new(), extra_compatible: false, ..bitmap.clone() }, dirty.bits.clone()))
+    };
+    bitmaps.iter().map(copy).collect()
 }
 
 /// What other formats do not have.

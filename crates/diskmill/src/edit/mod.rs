@@ -35,6 +35,7 @@ use std::sync::Arc;
 
 pub use amend::Amendment;
 pub use bitmap::DirtyBits;
+pub(crate) use bitmap::add_to_fresh;
 pub use commit::{Commit, CommitOptions};
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;

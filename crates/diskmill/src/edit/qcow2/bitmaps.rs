@@ -5,12 +5,15 @@
 //! are to be, but for the cases that [`Meta::link_bitmaps`] tells.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use diskmill_format::HostOffset;
-use diskmill_format::qcow2::{BITMAP_FLAGS_AT, Bitmap, BitmapCluster};
+use diskmill_format::qcow2::{BITMAP_FLAGS_AT, Bitmap, BitmapCluster, HeaderArea};
+use diskmill_format::{HostOffset, Limits};
+use diskmill_io::SharedStorage;
 
 use super::Qcow2Writer;
 use super::meta::Meta;
+use crate::edit::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::qcow2::{Bits, lossy, read_directory, read_table};
 use crate::reader::read_exact;
@@ -35,19 +38,12 @@ impl Qcow2Writer {
         Ok((bitmap, bits))
     }
 
-    /// Adds `bitmap`, whose table is made here.
-    pub(crate) fn add_bitmap(&self, bitmap: Bitmap) -> Result<()> {
-        self.change_bitmaps(|meta, draft| {
-            if draft.bitmaps.iter().any(|other| other.name == bitmap.name) {
-                return Err(Error::invalid(format!("Bitmap already exists: {}", lossy(&bitmap.name))));
-            }
-            if draft.bitmaps.len() as u64 >= u64::from(meta.limits.qcow2_bitmaps) {
-                return Err(Error::new(Kind::Limit, "Too many persistent bitmaps"));
-            }
-            let bitmap = meta.store_bits(draft, bitmap, &Bits::default())?;
-            draft.bitmaps.push(bitmap);
-            Ok(())
-        })
+    /// Adds bitmaps with these bits. Their tables are made here.
+    pub(crate) fn add_bitmaps(&self, new: Vec<(Bitmap, Bits)>) -> Result<()> {
+        if new.is_empty() {
+            return Ok(());
+        }
+        self.change_bitmaps(|meta, draft| meta.draft_bitmaps(draft, new))
     }
 
     pub(crate) fn remove_bitmap(&self, name: &str) -> Result<()> {
@@ -102,6 +98,22 @@ impl Qcow2Writer {
         // The bitmaps that are enabled may be others now, and stand elsewhere.
         self.recorder.load(&meta).and(result)
     }
+}
+
+/// Adds bitmaps to the image in `storage`, which nobody has open, and closes it.
+pub(crate) fn add_bitmaps(
+    storage: &SharedStorage,
+    area: HeaderArea,
+    limits: Limits,
+    new: Vec<(Bitmap, Bits)>,
+) -> Result<()> {
+    let mut meta = Meta::open(Arc::new(Disk::new(Arc::clone(storage))?), None, area, limits)?;
+    meta.change_bitmaps(|meta, draft| meta.draft_bitmaps(draft, new))?;
+    meta.close()
+}
+
+fn empty_disk() -> Error {
+    Error::unsupported("a persistent bitmap of an empty disk")
 }
 
 fn position(bitmaps: &[Bitmap], name: &str) -> Result<usize> {
@@ -210,6 +222,21 @@ impl Meta {
         Ok(value)
     }
 
+    fn draft_bitmaps(&mut self, draft: &mut Draft, new: Vec<(Bitmap, Bits)>) -> Result<()> {
+        for (bitmap, mut bits) in new {
+            bits.truncate(bitmap.bits(self.area.header.size));
+            if draft.bitmaps.iter().any(|other| other.name == bitmap.name) {
+                return Err(Error::invalid(format!("Bitmap already exists: {}", lossy(&bitmap.name))));
+            }
+            if draft.bitmaps.len() as u64 >= u64::from(self.limits.qcow2_bitmaps) {
+                return Err(Error::new(Kind::Limit, "Too many persistent bitmaps"));
+            }
+            let bitmap = self.store_bits(draft, bitmap, &bits)?;
+            draft.bitmaps.push(bitmap);
+        }
+        Ok(())
+    }
+
     /// The clusters that `len` bytes at `at` touch, by their offsets.
     fn clusters(&self, at: u64, len: u64) -> impl Iterator<Item = u64> + use<> {
         let bits = self.geometry.cluster_bits();
@@ -231,7 +258,7 @@ impl Meta {
         let size = self.cluster_size();
         let entries = bitmap.table_entries(self.area.header.size, self.geometry);
         if entries == 0 {
-            return Err(Error::unsupported("a persistent bitmap of an empty disk"));
+            return Err(empty_disk());
         }
         if entries.saturating_mul(size) > self.limits.qcow2_bitmap_bytes {
             let why = "Too much space will be occupied by the bitmap. Use larger granularity";

@@ -29,7 +29,7 @@ use crate::image::Image;
 use crate::layout::FileId;
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
-pub(crate) use bitmaps::check as check_bitmap;
+pub(crate) use bitmaps::{add_bitmaps, check as check_bitmap};
 use meta::Meta;
 use recorder::Recorder;
 

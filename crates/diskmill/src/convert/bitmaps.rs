@@ -1,0 +1,71 @@
+//! Persistent bitmaps that a conversion carries over.
+
+use super::{ConvertOptions, TargetFormat};
+use crate::edit::DirtyBits;
+use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::layout::FormatInfo;
+use crate::qcow2::{Bitmap, Compat, lossy};
+
+/// What becomes of the persistent bitmaps of the source (`--bitmaps`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CarryBitmaps {
+    /// The output gets none.
+    #[default]
+    None,
+    /// The output gets all that the image itself has. One that was not saved is an error.
+    All,
+    /// The same, but those that were not saved are left out (`--skip-broken-bitmaps`).
+    Sound,
+}
+
+/// The bitmaps that the output is to get.
+#[derive(Default)]
+pub(super) struct Carried {
+    pub(super) bitmaps: Vec<(Bitmap, DirtyBits)>,
+    /// Those that are left out.
+    pub(super) skipped: Vec<String>,
+}
+
+impl Carried {
+    /// Reads the bitmaps of the source, so that damage shows before anything is written.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] if there is not exactly one source; [`Kind::Unsupported`] if a format has no bitmaps;
+    /// [`Kind::Corrupt`] for one that is damaged or was not saved.
+    pub(super) fn collect(sources: &[Image], options: &ConvertOptions) -> Result<Self> {
+        if options.bitmaps == CarryBitmaps::None {
+            return Ok(Self::default());
+        }
+        // The words are QEMU's.
+        let [source] = sources else {
+            return Err(Error::invalid("Copying bitmaps only possible with single source"));
+        };
+        if !matches!(source.info().specific, FormatInfo::Qcow2(_))
+            || source.size() != source.info().virtual_size
+        {
+            return Err(Error::new(Kind::Unsupported, "Source lacks bitmap support"));
+        }
+        let mut carried = Self::default();
+        for bitmap in source.bitmaps()? {
+            let name = lossy(&bitmap.name);
+            match (bitmap.in_use, options.bitmaps) {
+                (true, CarryBitmaps::Sound) => carried.skipped.push(name),
+                (true, _) => {
+                    let why = format!("Cannot copy inconsistent bitmap '{name}'");
+                    return Err(Error::new(Kind::Corrupt, why).hint(
+                        "--skip-broken-bitmaps leaves it out, and 'bitmap --remove' removes it from the source",
+                    ));
+                }
+                (false, _) => carried.bitmaps.push((bitmap, source.dirty_bits(&name)?)),
+            }
+        }
+        match &options.format {
+            TargetFormat::Qcow2(qcow2) if qcow2.compat != Compat::V2 => Ok(carried),
+            format => {
+                let why = format!("Format driver '{}' does not support bitmaps", format.name());
+                Err(Error::new(Kind::Unsupported, why))
+            }
+        }
+    }
+}
