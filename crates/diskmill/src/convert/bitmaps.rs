@@ -47,7 +47,8 @@ impl Carried {
             return Err(Error::new(Kind::Unsupported, "Source lacks bitmap support"));
         }
         let mut carried = Self::default();
-        for bitmap in source.bitmaps()? {
+        // QEMU tells of them in this order.
+        for bitmap in source.bitmaps()?.into_iter().rev() {
             let name = lossy(&bitmap.name);
             match (bitmap.in_use, options.bitmaps) {
                 (true, CarryBitmaps::Sound) => carried.skipped.push(name),
@@ -60,6 +61,7 @@ impl Carried {
                 (false, _) => carried.bitmaps.push((bitmap, source.dirty_bits(&name)?)),
             }
         }
+        carried.bitmaps.reverse();
         match &options.format {
             TargetFormat::Qcow2(qcow2) if qcow2.compat != Compat::V2 => Ok(carried),
             format => {
