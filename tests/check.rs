@@ -40,19 +40,39 @@ impl Disk {
         self.u64(40)
     }
 
+    fn is_v3(&self) -> bool {
+        self.0[7] >= 3
+    }
+
     /// Where entry `index` of the first L2 table stands.
     fn l2(&self, index: u64) -> u64 {
-        (self.u64(self.l1()) & !COPIED) + index * 8
+        let extended = self.is_v3() && self.u64(72) & 16 != 0;
+        (self.u64(self.l1()) & !COPIED) + index * if extended { 16 } else { 8 }
     }
 
     fn refcount_table(&self) -> u64 {
         self.u64(48)
     }
 
-    /// Sets the 16-bit refcount of the cluster at `offset`.
+    /// Sets the refcount of the cluster at `offset`. Narrow ones are set to the largest they can hold at most.
     fn set_refcount(&mut self, offset: u64, count: u16) {
         let block = self.u64(self.refcount_table());
-        self.put(block + offset / CLUSTER * 2, &count.to_be_bytes());
+        let bits = 1 << if self.is_v3() { self.0[99] } else { 4 };
+        let cluster = offset / CLUSTER;
+        match bits {
+            8.. => {
+                let bytes = u64::from(count).to_be_bytes();
+                let len = bits / 8;
+                self.put(block + cluster * len as u64, &bytes[8 - len..]);
+            }
+            _ => {
+                let at = (block + cluster * bits as u64 / 8) as usize;
+                let shift = cluster * bits as u64 % 8;
+                let mask = (1u8 << bits) - 1;
+                let value = count.min(mask.into()) as u8;
+                self.0[at] = self.0[at] & !(mask << shift) | value << shift;
+            }
+        }
     }
 
     fn snapshots(&self) -> u64 {
@@ -69,6 +89,21 @@ fn with_snapshot(q: &Oracle, dir: &Path) -> Disk {
     q.create("base.qcow2", "", 10 << 20);
     q.io(["-c", "write -P 1 0 256k", "-c", "write -c -P 2 1M 64k", "base.qcow2"]).ok();
     q.snapshot("base.qcow2", "s1");
+    q.io(["-c", "write -P 3 64k 64k", "base.qcow2"]).ok();
+    Disk::read(&dir.join("base.qcow2"))
+}
+
+/// The same in other kinds of images.
+fn of_kind(q: &Oracle, dir: &Path, options: &str) -> Disk {
+    q.create("base.qcow2", options, 10 << 20);
+    q.io(["-c", "write -P 1 0 256k", "base.qcow2"]).ok();
+    let external = options.contains("data_file");
+    if !external {
+        q.io(["-c", "write -c -P 2 1M 64k", "base.qcow2"]).ok();
+    }
+    if !external && !options.contains("refcount_bits=1,") {
+        q.snapshot("base.qcow2", "s1");
+    }
     q.io(["-c", "write -P 3 64k 64k", "base.qcow2"]).ok();
     Disk::read(&dir.join("base.qcow2"))
 }
@@ -163,12 +198,12 @@ const SNAPSHOT_CASES: &[Case] = &[
     ("a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize), After::AsQemu),
     ("half a cluster cut off", |d| d.0.truncate(d.0.len() - CLUSTER as usize / 2), After::AsQemu),
     ("four clusters cut off", |d| d.0.truncate(d.0.len() - 4 * CLUSTER as usize), After::Careful),
-    ("dirty", |d| d.put64(72, 1), After::Clean),
-    ("corrupt", |d| d.put64(72, 2), After::Clean),
+    ("dirty", |d| d.put64(72, d.u64(72) | 1), After::Clean),
+    ("corrupt", |d| d.put64(72, d.u64(72) | 2), After::Clean),
     (
         "dirty, with a leak and a low refcount",
         |d| {
-            d.put64(72, 1);
+            d.put64(72, d.u64(72) | 1);
             d.set_refcount(d.l1(), 3);
             d.set_refcount(d.host(2), 1);
         },
@@ -194,6 +229,49 @@ const BITMAP_CASES: &[Case] = &[
     ("bitmaps out of date", |d| d.put64(88, 0), After::Clean),
 ];
 
+const SUBCLUSTER_CASES: &[Case] = &[
+    ("subclusters allocated and zero", |d| d.put64(d.l2(1) + 8, 1 << 32 | 1), After::AsQemu),
+    ("subclusters without a cluster", |d| d.put64(d.l2(40) + 8, 1), After::AsQemu),
+    ("compressed with subclusters", |d| d.put64(d.l2(16) + 8, 1), After::Careful),
+    ("bit 0 of an extended entry", |d| d.put64(d.l2(1), d.u64(d.l2(1)) | 1), After::AsQemu),
+    (
+        "misaligned cluster of zeros",
+        |d| {
+            d.put64(d.l2(1), COPIED | (d.host(1) + 512));
+            d.put64(d.l2(1) + 8, 0xffff_ffff << 32);
+        },
+        After::Clean,
+    ),
+];
+
+const EXTERNAL_CASES: &[Case] = &[
+    ("compressed", |d| d.put64(d.l2(16), 1 << 62 | 0x7_0000), After::AsQemu),
+    ("data past the end of the data file", |d| d.put64(d.l2(40), COPIED | (40 * CLUSTER)), After::Clean),
+    ("data at another offset", |d| d.put64(d.l2(1), COPIED | (2 * CLUSTER)), After::Clean),
+];
+
+/// Cases that are about something that these images do not have.
+fn applies(case: &str, options: &str) -> bool {
+    let without = |words: &[&str]| !words.iter().any(|word| case.contains(word));
+    let v2 = options.contains("compat=0.10");
+    let narrow = options.contains("refcount_bits=1,");
+    let external = options.contains("data_file");
+    (!v2 || without(&["dirty", "corrupt", "zero cluster", "extra data", "snapshot count too high"]))
+        && (!options.contains("extended_l2") || without(&["zero cluster"]))
+        && (!(narrow || external) || without(&["snapshot", "too high", "leak inside"]))
+        && (!narrow || without(&["two on one", "on the L1", "on data", "block twice"]))
+        && (!external
+            || without(&[
+                "data",
+                "compressed",
+                "misaligned zero",
+                "two on one",
+                "low",
+                "copied flag set",
+                "cut off",
+            ]))
+}
+
 /// Exit code, JSON and the lines of findings (in any order).
 fn verdict(out: &diskmill_testkit::Outcome) -> (Option<i32>, String, Vec<String>) {
     let mut lines: Vec<String> = out
@@ -218,6 +296,22 @@ fn run_table(name: &str, base: fn(&Oracle, &Path) -> Disk, cases: &[Case]) {
         let case = format!("{name}: {case}");
         if let Err(why) = one(&q, dir.path(), &disk, *after) {
             wrong.push(format!("{case}: {why}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+fn run_kind(options: &str, more: &[Case]) {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    let base = of_kind(&q, dir.path(), options);
+    let mut wrong = Vec::new();
+    let cases = SNAPSHOT_CASES.iter().filter(|(case, ..)| applies(case, options)).chain(more);
+    for (case, damage, after) in cases {
+        let mut disk = base.clone();
+        damage(&mut disk);
+        if let Err(why) = one(&q, dir.path(), &disk, *after) {
+            wrong.push(format!("{options}: {case}: {why}"));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
@@ -262,6 +356,7 @@ fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> 
     let after_repair = content("after");
     // What could not be read before may be readable now.
     ensure(before.is_none() || after_repair == before, format!("the guest's content changed\n{repaired}"))?;
+    leaks_alone(q, dir, disk, after)?;
     match after {
         After::Clean => {
             ensure(
@@ -291,6 +386,49 @@ fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> 
             repaired.code == Some(1) && std::fs::read(&image).unwrap() == disk.0,
             format!("not refused: {repaired}"),
         ),
+    }
+}
+
+/// `-r leaks` leaves what it leaves under qemu-img, where nothing is kept for damaged tables.
+fn leaks_alone(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> {
+    if !matches!(after, After::Clean | After::AsQemu) {
+        return Ok(());
+    }
+    let image = dir.join("leaks.qcow2");
+    let left = |cmd: diskmill_testkit::Cmd| {
+        std::fs::write(&image, &disk.0).unwrap();
+        let out = cmd.run();
+        let rest = q.img(["check", "--output=json", "-f", "qcow2", "leaks.qcow2"]).run();
+        let count = |key: &str| {
+            serde_json::from_str::<Value>(&rest.out()).map_or(0, |json| json[key].as_u64().unwrap_or(0))
+        };
+        (out.code, rest.code, count("corruptions"), count("leaks"), out.to_string())
+    };
+    let args = ["check", "-r", "leaks", "-f", "qcow2", "leaks.qcow2"];
+    let (ours, theirs) = (left(tool().cmd(args).dir(dir)), left(q.img(args)));
+    let same = (ours.0, ours.1, ours.2, ours.3) == (theirs.0, theirs.1, theirs.2, theirs.3);
+    if same { Ok(()) } else { Err(format!("-r leaks: ours {ours:#?}\ntheirs {theirs:#?}")) }
+}
+
+#[test]
+fn damage_in_extended_l2_entries() {
+    run_kind("extended_l2=on", SUBCLUSTER_CASES);
+}
+
+#[test]
+fn damage_beside_an_external_data_file() {
+    run_kind("data_file=base.data", EXTERNAL_CASES);
+}
+
+#[test]
+fn damage_of_version_2() {
+    run_kind("compat=0.10", &[]);
+}
+
+#[test]
+fn damage_with_other_refcounts() {
+    for bits in ["1,", "64,"] {
+        run_kind(&format!("refcount_bits={bits}cluster_size=65536"), &[]);
     }
 }
 

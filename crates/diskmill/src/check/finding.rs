@@ -56,11 +56,15 @@ pub enum Finding {
     },
     /// A compressed cluster in an image with an external data file.
     CompressedExternal {
+        /// Its index in the L2 table.
+        index: u64,
         /// The entry.
         entry: u64,
     },
     /// Subclusters of a compressed cluster are marked.
     CompressedSubclusters {
+        /// Its index in the L2 table.
+        index: u64,
         /// The entry.
         entry: u64,
     },
@@ -197,11 +201,14 @@ impl fmt::Display for Finding {
             Self::CompressedCopied { offset } => {
                 write!(f, "coffset={offset:#x}: copied flag must never be set for compressed clusters")
             }
-            Self::CompressedExternal { entry } => {
-                write!(f, "compressed cluster with data file, entry={entry:#x}")
+            Self::CompressedExternal { index, entry } => {
+                write!(f, "compressed cluster {index} with data file, entry={entry:#x}")
             }
-            Self::CompressedSubclusters { entry } => {
-                write!(f, "compressed cluster with non-zero subcluster allocation bitmap, entry={entry:#x}")
+            Self::CompressedSubclusters { index, entry } => {
+                write!(
+                    f,
+                    "compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}"
+                )
             }
             Self::UnallocatedSubclusters => {
                 f.write_str("Unallocated cluster has non-zero subcluster allocation map")

@@ -2,7 +2,8 @@ use std::collections::HashMap;
 
 use diskmill_format::HostOffset;
 use diskmill_format::qcow2::{
-    COMPRESSED, COPIED, CryptMethod, HOST_OFFSET_MASK, L1_RESERVED, L2_RESERVED, ZERO, feature, parse_bitmaps,
+    BitmapCluster, COMPRESSED, COPIED, CryptMethod, HOST_OFFSET_MASK, L1_RESERVED, L2_RESERVED, ZERO,
+    feature, parse_bitmaps,
 };
 
 use super::snapshots::Root;
@@ -14,12 +15,6 @@ use crate::qcow2::lossy;
 const MOST_MISALIGNED: u64 = 1024;
 /// Bytes that a row of [`References`] takes.
 const ROW: u64 = 48;
-/// An entry of a bitmap's table: what is reserved, and what marks a cluster of ones that is not there (specification,
-/// "Bitmap table").
-const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
-const BITMAP_ONES: u64 = 1;
-/// QEMU's limit for the clusters of a bitmap, in bytes (`BME_MAX_PHYS_SIZE`).
-const BITMAP_BYTES: u64 = 512 << 20;
 
 /// How often L1 tables refer to an L2 table.
 #[derive(Default)]
@@ -174,7 +169,8 @@ impl Pass<'_> {
                 if entry == 0 && bitmap == 0 {
                     continue;
                 }
-                let Some(kind) = self.inspect(entry, bitmap, all) else { continue };
+                let slot = (piece_at / 8 / words + index) as u64;
+                let Some(kind) = self.inspect(slot, entry, bitmap, all) else { continue };
                 match kind {
                     Kept::Packed(at, len) => {
                         self.flush(&mut run, all)?;
@@ -238,11 +234,11 @@ impl Pass<'_> {
     }
 
     /// What an L2 entry that is not 0 refers to, if anything; with errors noted.
-    fn inspect(&mut self, entry: u64, bitmap: u64, times: u64) -> Option<Kept> {
+    fn inspect(&mut self, index: u64, entry: u64, bitmap: u64, times: u64) -> Option<Kept> {
         let extended = self.geometry().extended_l2();
         if entry & COMPRESSED != 0 {
             if self.external() {
-                self.error(&Finding::CompressedExternal { entry }, times);
+                self.error(&Finding::CompressedExternal { index, entry }, times);
                 return None;
             }
             let (offset, len) = self.entries.compressed_range(entry);
@@ -250,7 +246,9 @@ impl Pass<'_> {
                 self.error(&Finding::CompressedCopied { offset }, times);
             }
             if bitmap != 0 {
-                self.error(&Finding::CompressedSubclusters { entry }, times);
+                // It may be a payload all the same: what looks like a leak is kept.
+                self.lost = true;
+                self.error(&Finding::CompressedSubclusters { index, entry }, times);
                 return None;
             }
             return Some(Kept::Packed(offset, len));
@@ -267,8 +265,8 @@ impl Pass<'_> {
             return None;
         }
         if allocated & bitmap >> 32 != 0 {
+            // The cluster is still the entry's.
             self.error(&Finding::BadSubclusters { offset }, times);
-            return None;
         }
         let data = if extended { allocated != 0 } else { entry & ZERO == 0 };
         Some(Kept::Cluster { offset, data })
@@ -305,20 +303,20 @@ impl Pass<'_> {
             if offset == 0 || !offset.is_multiple_of(cluster) {
                 return Err(wrong("the table of a bitmap is misaligned"));
             }
-            if entries == 0 || entries.saturating_mul(cluster) > BITMAP_BYTES {
+            if entries == 0 || entries.saturating_mul(cluster) > self.limits.qcow2_bitmap_bytes {
                 return Err(wrong("the table of a bitmap has no entries, or too many"));
             }
             self.follow(offset, entries * 8, 1)?;
             for (_, entry) in self.disk.table(offset, entries)? {
-                let host = entry & HOST_OFFSET_MASK;
-                let bad = entry & BITMAP_RESERVED != 0
-                    || !host.is_multiple_of(cluster)
-                    || (host != 0 && entry & BITMAP_ONES != 0);
-                if bad {
-                    self.lost = true;
-                    self.error(&Finding::BitmapEntry { bitmap: lossy(&bitmap.name), entry }, 1);
-                } else if host != 0 {
-                    self.count(host, cluster, 1)?;
+                match BitmapCluster::decode(entry, self.geometry()) {
+                    Err(_) => {
+                        self.lost = true;
+                        self.error(&Finding::BitmapEntry { bitmap: lossy(&bitmap.name), entry }, 1);
+                    }
+                    Ok(BitmapCluster::Bits(host)) => {
+                        self.count(host.get(), cluster, 1)?;
+                    }
+                    Ok(BitmapCluster::Zeros | BitmapCluster::Ones) => {}
                 }
             }
         }
