@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use diskmill::convert::{Reflink, TargetFormat};
 use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, Secret, SnapshotRef, parse_size};
 
+use crate::deferred::Deferred;
 use crate::secrets::{self, SecretObject};
 
 use crate::fs::args::FsArgs;
@@ -37,47 +38,47 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Copy images into a fresh one, in the same or another format
-    Convert(Box<ConvertArgs>),
+    Convert(Deferred<ConvertArgs>),
     /// Show what an image is
-    Info(InfoArgs),
+    Info(Deferred<InfoArgs>),
     /// Show where an image's guest data stands
-    Map(MapArgs),
+    Map(Deferred<MapArgs>),
     /// Tell whether two images show the guest the same bytes
-    Compare(CompareArgs),
+    Compare(Deferred<CompareArgs>),
     /// Look for damage in an image, and repair it
-    Check(CheckArgs),
+    Check(Deferred<CheckArgs>),
     /// Make an empty image
-    Create(crate::create::CreateArgs),
+    Create(Deferred<crate::create::CreateArgs>),
     /// Change the properties of a qcow2 image: version, width of refcounts and the like
-    Amend(crate::amend::AmendArgs),
+    Amend(Deferred<crate::amend::AmendArgs>),
     /// Make a disk longer or shorter
-    Resize(crate::resize::ResizeArgs),
+    Resize(Deferred<crate::resize::ResizeArgs>),
     /// Take, apply, list and delete internal snapshots
-    Snapshot(crate::snapshot::SnapshotArgs),
+    Snapshot(Deferred<crate::snapshot::SnapshotArgs>),
     /// List, add, remove, clear, enable, disable and merge persistent bitmaps of qcow2 images
-    Bitmap(Box<crate::bitmap::BitmapArgs>),
+    Bitmap(Deferred<crate::bitmap::BitmapArgs>),
     /// Look into images and change them: files, packages, partitions, registry
-    Fs(Box<FsArgs>),
+    Fs(Deferred<FsArgs>),
     /// Keep appliances running between file-system commands
-    Session(Box<crate::session::SessionArgs>),
+    Session(Deferred<crate::session::SessionArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,
     /// Started by file-system commands: serves an image to an appliance that is kept
     #[command(hide = true)]
-    GuestfsCompanion(CompanionArgs),
+    GuestfsCompanion(Deferred<CompanionArgs>),
     /// Move what an overlay has into its backing file
-    Commit(crate::commit::CommitArgs),
+    Commit(Deferred<crate::commit::CommitArgs>),
     /// Tell how large a file a disk would need in a format
-    Measure(crate::measure::MeasureArgs),
+    Measure(Deferred<crate::measure::MeasureArgs>),
     /// Tell what file-system commands need of this machine, and what it lacks
-    Doctor(crate::doctor::DoctorArgs),
+    Doctor(Deferred<crate::doctor::DoctorArgs>),
     /// Give an image another backing file, or none
-    Rebase(crate::rebase::RebaseArgs),
+    Rebase(Deferred<crate::rebase::RebaseArgs>),
     /// Serve an image over NBD
-    Serve(crate::serve::ServeArgs),
+    Serve(Deferred<crate::serve::ServeArgs>),
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
-    InstallQemuImg(InstallArgs),
+    InstallQemuImg(Deferred<InstallArgs>),
 }
 
 #[derive(Debug, Args)]

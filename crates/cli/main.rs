@@ -9,6 +9,7 @@ mod commit;
 mod compare;
 mod convert;
 mod create;
+mod deferred;
 mod doctor;
 mod exit;
 mod fs;
@@ -49,8 +50,8 @@ fn main() -> ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Bitmap(args) => bitmap::run(&args),
-        Command::Fs(args) => fs::run(*args),
-        Command::Session(args) => session::run(*args),
+        Command::Fs(args) => fs::run(args.into_inner()),
+        Command::Session(args) => session::run(args.into_inner()),
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
