@@ -18,8 +18,8 @@ pub fn level_range(codec: Codec) -> RangeInclusive<i32> {
     }
 }
 
-/// The level that is used where the user names none: the fastest whose output is not noticeably larger than QEMU's, on
-/// file systems full of real files (at most 0.1 %, `docs/performance.md`).
+/// The level that is used where the user names none: the fastest whose output is not larger than QEMU's, on file systems
+/// full of real files (`docs/performance.md`). libdeflate takes the next one for some units ([`Packer::by_default`]).
 ///
 /// QEMU packs qcow2's deflate with zlib's level 6 in a 4 KiB window, VMDK's grains with the same level in the full
 /// window, and zstd with that library's own default, 3.
@@ -63,6 +63,21 @@ impl Packer {
             }
         };
         Ok(Self(inner))
+    }
+
+    /// A packer for `codec` for where the user names no level: at [`default_level`], with deflate from libdeflate one unit
+    /// in eight at the next level, so that the whole is not larger than what QEMU makes.
+    ///
+    /// # Errors
+    /// [`Error::Codec`] for want of memory.
+    pub fn by_default(codec: Codec) -> Result<Self, Error> {
+        let wrapped = match codec {
+            Codec::Deflate => false,
+            Codec::Zlib => true,
+            Codec::Zstd => return Self::new(codec, default_level(codec)),
+        };
+        let context = Deflate::by_default(wrapped).ok_or(Error::Level(default_level(codec)))?;
+        Ok(Self(Inner::Deflate { context: Box::new(context), wrapped }))
     }
 
     /// Packs `unit` into `out`. `None` if the payload would not fit: the unit is better stored as it is.
@@ -135,6 +150,31 @@ mod tests {
             }
             assert_eq!(Packer::new(codec, 100).err(), Some(Error::Level(100)));
         }
+    }
+
+    #[cfg(not(feature = "pure-rust"))]
+    #[test]
+    fn by_default_some_units_are_packed_finer() {
+        let mut packers = [
+            Packer::new(Codec::Deflate, 1),
+            Packer::new(Codec::Deflate, 2),
+            Packer::by_default(Codec::Deflate),
+        ]
+        .map(|packer| packer.unwrap());
+        let mut finer = 0;
+        for seed in 0..200usize {
+            let unit: Vec<u8> =
+                (0..65_536usize).map(|i| b"the quick brown fox "[(i * i / 7 + i * seed) % 20]).collect();
+            let [coarse, fine, mixed] = packers.each_mut().map(|packer| {
+                let mut out = vec![0; unit.len()];
+                let len = packer.pack(&unit, &mut out).unwrap().unwrap();
+                out.truncate(len);
+                out
+            });
+            assert!(mixed == coarse || mixed == fine);
+            finer += usize::from(mixed != coarse);
+        }
+        assert!((5..60).contains(&finer), "{finer} of 200");
     }
 
     #[test]

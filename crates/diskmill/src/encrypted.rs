@@ -196,6 +196,10 @@ impl Storage for EncryptedStorage {
         self.file.gains_from_allocate()
     }
 
+    fn will_need(&self, at: u64, len: u64) {
+        self.file.will_need(at, len);
+    }
+
     fn clone_range(&self, _at: u64, _src: &dyn Storage, _src_at: u64, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }

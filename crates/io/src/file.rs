@@ -27,6 +27,9 @@ pub struct OpenHow {
 const ZERO_CHUNK: u64 = 1 << 20;
 /// The alignment assumed for direct I/O where the system does not tell it.
 const DEFAULT_ALIGN: u32 = 4096;
+/// What is asked of the kernel at once in [`Storage::will_need`], in bytes: it cuts longer requests short, to the
+/// largest transfer of the device or the readahead of the file, whichever is larger.
+const WILL_NEED_STEP: u64 = 256 << 10;
 /// `copy_file_range` of more could not be interrupted for long.
 const COPY_CHUNK: u64 = 256 << 20;
 
@@ -129,6 +132,14 @@ impl FileStorage {
         let found = retry(|| i64::from(unsafe { libc::fstatfs(self.file.as_raw_fd(), stat.as_mut_ptr()) }));
         // SAFETY: it was filled, since the call succeeded.
         found.ok().map(|_| unsafe { stat.assume_init() })
+    }
+
+    /// Whether the page that holds `at` is in the page cache: a read that must not wait finds it there.
+    fn is_cached(&self, at: libc::off_t) -> bool {
+        let mut byte = 0u8;
+        let slot = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        // SAFETY: reads at most one byte into `byte`, which outlives the call; the descriptor is open.
+        unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const slot, 1, at, libc::RWF_NOWAIT) == 1 }
     }
 
     fn fallocate(&self, mode: libc::c_int, at: u64, len: u64) -> io::Result<()> {
@@ -295,6 +306,19 @@ impl Storage for FileStorage {
         !self.device && self.statfs().is_some_and(|stat| stat.f_type == libc::EXT4_SUPER_MAGIC)
     }
 
+    fn will_need(&self, at: u64, len: u64) {
+        // Direct reads leave the page cache alone.
+        if self.align.offset > 1 || !offset(at).is_ok_and(|at| !self.is_cached(at)) {
+            return;
+        }
+        let end = at.saturating_add(len);
+        for at in (at..end).step_by(WILL_NEED_STEP as usize) {
+            let (Ok(from), Ok(len)) = (offset(at), offset((end - at).min(WILL_NEED_STEP))) else { return };
+            // SAFETY: takes numbers only; the descriptor is open for the life of `self`.
+            unsafe { libc::posix_fadvise(self.file.as_raw_fd(), from, len, libc::POSIX_FADV_WILLNEED) };
+        }
+    }
+
     fn block_size(&self) -> Option<u64> {
         let size = self.statfs().filter(|_| !self.device)?.f_bsize;
         u64::try_from(size).ok().filter(|size| size.is_power_of_two())
@@ -458,4 +482,39 @@ fn cannot_tell(error: &io::Error) -> bool {
 fn no_kernel_copy(error: &io::Error) -> bool {
     use libc::{EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM, ETXTBSY, EXDEV};
     matches!(error.raw_os_error(), Some(EOPNOTSUPP | EXDEV | EINVAL | ENOTTY | ENOSYS | EPERM | ETXTBSY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that this thread had read from devices.
+    fn read_from_devices() -> Option<u64> {
+        let text = fs::read_to_string("/proc/thread-self/io").ok()?;
+        text.lines().find_map(|line| line.strip_prefix("read_bytes: ")?.parse().ok())
+    }
+
+    #[test]
+    fn what_will_be_needed_is_asked_for_once() {
+        const LEN: u64 = 3 << 20;
+        let storage = FileStorage::from_file(tempfile::tempfile().unwrap()).unwrap();
+        storage.write_all_at(&vec![7; LEN as usize + 4096], 0).unwrap();
+        storage.sync().unwrap();
+        for advice in [libc::POSIX_FADV_DONTNEED, libc::POSIX_FADV_RANDOM] {
+            // SAFETY: takes numbers only.
+            unsafe { libc::posix_fadvise(storage.file.as_raw_fd(), 0, 0, advice) };
+        }
+        let Some(before) = read_from_devices().filter(|_| !storage.is_cached(LEN as i64)) else {
+            eprintln!("skipped: this file system keeps all in memory, or the kernel does not count reads");
+            return;
+        };
+        storage.will_need(0, LEN);
+        let asked = read_from_devices().unwrap() - before;
+        assert!((LEN..LEN + (64 << 10)).contains(&asked), "{asked}");
+        let mut bytes = vec![0; LEN as usize];
+        assert_eq!(storage.read_at(&mut bytes, 0).unwrap(), bytes.len());
+        storage.will_need(0, LEN);
+        storage.will_need(u64::MAX, u64::MAX);
+        assert!(read_from_devices().unwrap() - before < LEN + (64 << 10));
+    }
 }

@@ -104,6 +104,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn gains_from_allocate(&self) -> bool {
         false
     }
+    /// Begins to bring the range into the page cache, and does not wait for that. A hint: whether it is followed is not
+    /// told. Costs one short system call if the range's first page is there already.
+    fn will_need(&self, _at: u64, _len: u64) {}
     /// The block size of the file system in bytes: what offsets and lengths of clones must be multiples of. `None` for
     /// whatever is not a regular file.
     fn block_size(&self) -> Option<u64> {

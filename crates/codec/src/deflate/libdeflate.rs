@@ -17,14 +17,20 @@ use libdeflater::{CompressionLvl, Compressor};
 pub(crate) const ENGINE: &str = "libdeflate 1.26";
 /// The levels it takes.
 pub(crate) const LEVELS: RangeInclusive<i32> = 1..=12;
-/// The fastest level whose output is not larger than that of zlib's level 6 with a window of 4 KiB.
+/// The fastest level whose output is about as large as that of zlib's level 6 with a window of 4 KiB: at most 0.2 % larger
+/// on file systems full of real files.
 pub(crate) const LEVEL: i32 = 1;
+/// One unit in so many is packed at the next level where no level is asked for, which makes up for that: the next level
+/// takes a fifth longer, and packs 2 to 3 % smaller.
+const FINER: u64 = 8;
 /// The same with the full window of 32 KiB.
 pub(crate) const LEVEL_WRAPPED: i32 = 6;
 
 /// A compressor's context.
 pub(crate) struct Deflate {
     compressor: Compressor,
+    /// For one unit in [`FINER`].
+    finer: Option<Compressor>,
     wrapped: bool,
 }
 
@@ -32,18 +38,39 @@ impl Deflate {
     /// A context for `level`, one of [`LEVELS`]; `None` for any other.
     pub(crate) fn new(level: i32, wrapped: bool) -> Option<Self> {
         let compressor = Compressor::new(CompressionLvl::new(level).ok()?);
-        Some(Self { compressor, wrapped })
+        Some(Self { compressor, finer: None, wrapped })
+    }
+
+    /// A context for where no level is asked for.
+    pub(crate) fn by_default(wrapped: bool) -> Option<Self> {
+        if wrapped {
+            return Self::new(LEVEL_WRAPPED, true);
+        }
+        let finer = Some(Compressor::new(CompressionLvl::new(LEVEL + 1).ok()?));
+        Some(Self { finer, ..Self::new(LEVEL, false)? })
     }
 
     /// Packs `unit` into `out`; `None` if it does not fit.
     pub(crate) fn run(&mut self, unit: &[u8], out: &mut [u8]) -> Option<usize> {
+        let compressor = match &mut self.finer {
+            Some(finer) if is_chosen(unit) => finer,
+            _ => &mut self.compressor,
+        };
         // Want of space is libdeflate's only error.
         if self.wrapped {
-            self.compressor.zlib_compress(unit, out).ok()
+            compressor.zlib_compress(unit, out).ok()
         } else {
-            self.compressor.deflate_compress(unit, out).ok()
+            compressor.deflate_compress(unit, out).ok()
         }
     }
+}
+
+/// Chooses about one unit in [`FINER`], by its content alone, so that the output is the same for any number of threads.
+fn is_chosen(unit: &[u8]) -> bool {
+    let word = unit.get(unit.len() / 2..).and_then(|rest| rest.first_chunk::<8>());
+    let hash = word.map_or(0, |word| u64::from_le_bytes(*word).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32);
+    // Not the 0 of zeros, of which there are many.
+    hash % FINER == 1
 }
 
 /// A decompressor's context.

@@ -23,6 +23,11 @@ impl Deflate {
         Some(Self(Compress::new(Compression::new(level), wrapped)))
     }
 
+    /// A context for where no level is asked for.
+    pub(crate) fn by_default(wrapped: bool) -> Option<Self> {
+        Self::new(if wrapped { LEVEL_WRAPPED } else { LEVEL }, wrapped)
+    }
+
     /// Packs `unit` into `out`; `None` if it does not fit.
     pub(crate) fn run(&mut self, unit: &[u8], out: &mut [u8]) -> Option<usize> {
         self.0.reset();

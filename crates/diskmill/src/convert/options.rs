@@ -1,4 +1,4 @@
-use diskmill_codec::{Codec, Packer, default_level, level_range};
+use diskmill_codec::{Codec, Packer, level_range};
 use diskmill_io::EngineChoice;
 
 use super::{Assembler, CarryBitmaps, Output};
@@ -257,14 +257,13 @@ impl ConvertOptions {
         }
     }
 
-    /// Codec and level of the output's units, tried once so that workers cannot fail to make it for its level.
-    pub(super) fn packer(&self, assembler: &dyn Assembler) -> Result<Option<(Codec, i32)>> {
+    /// Codec of the output's units and the level, if one is named, tried once so that workers cannot fail for it.
+    pub(super) fn packer(&self, assembler: &dyn Assembler) -> Result<Option<(Codec, Option<i32>)>> {
         let always = assembler.frame().map(|_| Compression::default());
         let (Some(Compression { level }), Some(codec)) = (self.compress.or(always), assembler.codec()) else {
             return Ok(None);
         };
-        let level = level.unwrap_or(default_level(codec));
-        Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
+        make_packer(codec, level)?;
         Ok(Some((codec, level)))
     }
 
@@ -296,4 +295,13 @@ impl ConvertOptions {
             size => 1 << size.ilog2(),
         }
     }
+}
+
+/// A packer at `level`, or at the level for where none is named.
+pub(super) fn make_packer(codec: Codec, level: Option<i32>) -> Result<Packer> {
+    let packer = match level {
+        Some(level) => Packer::new(codec, level),
+        None => Packer::by_default(codec),
+    };
+    packer.map_err(|error| Error::invalid(error.to_string()))
 }

@@ -1,8 +1,9 @@
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use diskmill_codec::Codec;
-use diskmill_io::{Buf, Piece, PipeReader};
+use diskmill_io::{Buf, Piece, PipeReader, SharedStorage};
 
 use super::buffers::Sizes;
 use super::offload::{FileRun, LONGEST, Offload, SHORTEST};
@@ -24,12 +25,35 @@ const READ_GAP: u64 = 4 << 10;
 /// How many of a job's latest reads are looked at for a payload that they may hold already.
 const RECENT: usize = 8;
 
+/// Bytes of plans ahead of the workers, which the system is asked to bring into the page cache meanwhile: a few times
+/// what a disk has in flight.
+const AHEAD: u64 = 8 << 20;
+/// Most items in these plans: runs of zeros have no bytes.
+const AHEAD_ITEMS: usize = 16;
+/// Reads this far apart are asked for as one.
+const AHEAD_GAP: u64 = 64 << 10;
+/// Most ranges of one job that are asked for: asking is not free where all is in the page cache.
+const AHEAD_RANGES: usize = 32;
+
 /// A piece of the guest's disk to be dealt with.
 pub(super) struct Item {
     /// Place in guest order, counted from 0.
     pub(super) seq: u64,
     pub(super) guest: Range<u64>,
     pub(super) work: Work,
+}
+
+/// A range of a source file that will be read soon.
+pub(super) struct Soon {
+    file: SharedStorage,
+    range: Range<u64>,
+}
+
+impl Soon {
+    /// Asks the system for it.
+    pub(super) fn ask(&self) {
+        self.file.will_need(self.range.start, self.range.end - self.range.start);
+    }
 }
 
 pub(super) enum Work {
@@ -96,6 +120,10 @@ enum Class {
 pub(super) struct Planner<'a> {
     source: SourceWalk<'a>,
     next_seq: u64,
+    /// What was planned before a worker asked for it.
+    ahead: VecDeque<(Range<u64>, Work)>,
+    /// The bytes it reads.
+    ahead_bytes: u64,
     sizes: Sizes,
     /// Zeros are data too (`-S 0`).
     allocate_all: bool,
@@ -183,17 +211,39 @@ impl<'a> Planner<'a> {
         };
         let packed = packed.max(least).min(room);
         let sizes = Sizes { unit, job, packed };
-        Ok(Self { source, next_seq: 0, sizes, allocate_all: options.granule() == 0 })
+        Ok(Self {
+            source,
+            next_seq: 0,
+            ahead: VecDeque::new(),
+            ahead_bytes: 0,
+            sizes,
+            allocate_all: options.granule() == 0,
+        })
     }
 
     pub(super) const fn sizes(&self) -> Sizes {
         self.sizes
     }
 
-    /// The next item; `None` at the end. A pipe's bytes are read into `buf`.
-    pub(super) fn next(&mut self, buf: &mut Buf) -> Result<Option<Item>> {
+    /// The next item; `None` at the end. A pipe's bytes are read into `buf`. What the workers will read soon is added
+    /// to `soon`.
+    pub(super) fn next(&mut self, buf: &mut Buf, soon: &mut Vec<Soon>) -> Result<Option<Item>> {
         let found = match &mut self.source {
-            SourceWalk::Images(walk) => walk.next(&self.sizes, self.allocate_all)?,
+            SourceWalk::Images(walk) => {
+                while self.ahead_bytes < AHEAD && self.ahead.len() < AHEAD_ITEMS {
+                    let Some((guest, work)) = walk.next(&self.sizes, self.allocate_all)? else { break };
+                    if let Work::Read(job) = &work {
+                        job.announce(soon);
+                        self.ahead_bytes += job.bytes();
+                    }
+                    self.ahead.push_back((guest, work));
+                }
+                let first = self.ahead.pop_front();
+                if let Some((_, Work::Read(job))) = &first {
+                    self.ahead_bytes -= job.bytes();
+                }
+                first
+            }
             SourceWalk::Stream { pipe, at, ended } => Self::load(pipe, at, ended, buf, self.sizes.job)?,
             SourceWalk::Vmdk { stream, at } => load_grains(stream, at, buf, &self.sizes, self.allocate_all)?,
         };
@@ -395,12 +445,33 @@ impl ImageWalk<'_> {
 }
 
 struct Wanted {
-    file: diskmill_io::SharedStorage,
+    file: SharedStorage,
     at: u64,
     len: usize,
 }
 
 impl Job {
+    /// Bytes that its pieces read.
+    fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.len as u64).sum()
+    }
+
+    /// Adds the ranges of its reads to `soon`, near ones as one.
+    fn announce(&self, soon: &mut Vec<Soon>) {
+        let most = soon.len() + AHEAD_RANGES;
+        for piece in &self.pieces {
+            let range = piece.at..piece.at.saturating_add(piece.len as u64);
+            let last = soon.last_mut().filter(|last| Arc::ptr_eq(&last.file, &piece.file));
+            if let Some(last) = last
+                && (last.range.end..=last.range.end.saturating_add(AHEAD_GAP)).contains(&range.start)
+            {
+                last.range.end = range.end;
+            } else if soon.len() < most {
+                soon.push(Soon { file: piece.file.clone(), range });
+            }
+        }
+    }
+
     /// Room in the buffer for a payload: in a piece that reads it already, at the end of the last piece if the
     /// payload follows it in the file, or in a piece of its own. `None` if the buffer is full.
     fn add_payload(

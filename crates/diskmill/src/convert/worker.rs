@@ -7,9 +7,10 @@ use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
 
 use super::assembler::{Frame, Unit, WriteWhat};
 use super::buffers::{Buffers, Credit};
+use super::options::make_packer;
 use super::pack::{JobPacker, Pass};
 use super::placer::{Filled, FilledKind, Placer, WriteSet};
-use super::planner::{Item, Job, PackedPart, Planner, Work};
+use super::planner::{Item, Job, PackedPart, Planner, Soon, Work};
 use super::{BadRange, ConvertOptions, Monitor};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -24,7 +25,8 @@ pub(super) struct Shared<'a> {
     pub(super) placer: Placer<'a>,
     pub(super) buffers: Buffers,
     pub(super) sources: &'a [Image],
-    pub(super) packer: Option<(Codec, i32)>,
+    /// With the level, if one is named.
+    pub(super) packer: Option<(Codec, Option<i32>)>,
     /// Payloads of the source may be passed on as they are.
     pub(super) pass_packed: bool,
     /// And without a look at what is in them.
@@ -77,6 +79,8 @@ pub(super) struct Worker<'s, 'a> {
     /// A unit of which the job needs only a part, and which it is: piece and position of its payload.
     partial: (Option<(usize, usize)>, Vec<u8>),
     in_flight: HashMap<u64, InFlight>,
+    /// What is to be asked of the system before it is read.
+    soon: Vec<Soon>,
     next_tag: u64,
     exhausted: bool,
 }
@@ -100,6 +104,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             scratch: None,
             partial: (None, Vec::new()),
             in_flight: HashMap::new(),
+            soon: Vec::new(),
             next_tag: 0,
             exhausted: false,
         }
@@ -113,8 +118,7 @@ impl<'s, 'a> Worker<'s, 'a> {
 
     fn work(&mut self) -> Result<()> {
         if let Some((codec, level)) = self.shared.packer {
-            let packer = Packer::new(codec, level).map_err(|error| Error::invalid(error.to_string()))?;
-            self.packer = Some((codec, packer));
+            self.packer = Some((codec, make_packer(codec, level)?));
             self.scratch = Some(self.buffer()?);
         }
         let mut done = Vec::new();
@@ -154,8 +158,9 @@ impl<'s, 'a> Worker<'s, 'a> {
             };
             let next = {
                 let mut planner = self.shared.planner.lock().unwrap_or_else(PoisonError::into_inner);
-                planner.next(&mut buf)?
+                planner.next(&mut buf, &mut self.soon)?
             };
+            self.soon.drain(..).for_each(|soon| soon.ask());
             let Some(Item { seq, guest, work }) = next else {
                 self.exhausted = true;
                 self.shared.buffers.give_back(buf);

@@ -98,6 +98,12 @@ impl Storage for MemberStorage {
         read_only()
     }
 
+    fn will_need(&self, at: u64, len: u64) {
+        if let Some((part, within)) = self.part(at) {
+            self.archive.will_need(part.at.saturating_add(within), len.min(part.len - within));
+        }
+    }
+
     fn clone_range(&self, _at: u64, _src: &dyn Storage, _src_at: u64, _len: u64) -> io::Result<()> {
         read_only()
     }
