@@ -210,17 +210,19 @@ pub fn convert<'a>(
         failed: Default::default(),
     };
     std::thread::scope(|scope| {
-        for index in 1..threads {
-            let shared = &shared;
-            let spawned = std::thread::Builder::new()
-                .name(format!("worker-{index}"))
-                .spawn_scoped(scope, move || Worker::new(shared).run());
-            // With fewer threads than planned the work gets done all the same.
-            if spawned.is_err() {
-                break;
+        let shared = &shared;
+        let helpers = move || {
+            for index in 1..threads {
+                let spawned = std::thread::Builder::new()
+                    .name(format!("worker-{index}"))
+                    .spawn_scoped(scope, move || Worker::new(shared).run());
+                // With fewer threads than planned the work gets done all the same.
+                if spawned.is_err() {
+                    break;
+                }
             }
-        }
-        Worker::new(&shared).run();
+        };
+        Worker::new(shared).with_helpers(helpers).run();
     });
     let (mut placer, size, bad) = shared.into_result()?;
     let size = target.virtual_size(size);

@@ -81,6 +81,8 @@ pub(super) struct Worker<'s, 'a> {
     in_flight: HashMap<u64, InFlight>,
     /// What is to be asked of the system before it is read.
     soon: Vec<Soon>,
+    /// Starts the other workers. Called when there is something to move: runs of zeros are done sooner by one.
+    helpers: Option<Box<dyn FnOnce() + 's>>,
     next_tag: u64,
     exhausted: bool,
 }
@@ -105,9 +107,16 @@ impl<'s, 'a> Worker<'s, 'a> {
             partial: (None, Vec::new()),
             in_flight: HashMap::new(),
             soon: Vec::new(),
+            helpers: None,
             next_tag: 0,
             exhausted: false,
         }
+    }
+
+    /// The same worker, which calls `helpers` when it finds the first bytes to move.
+    pub(super) fn with_helpers(mut self, helpers: impl FnOnce() + 's) -> Self {
+        self.helpers = Some(Box::new(helpers));
+        self
     }
 
     pub(super) fn run(mut self) {
@@ -166,6 +175,11 @@ impl<'s, 'a> Worker<'s, 'a> {
                 self.shared.buffers.give_back(buf);
                 return Ok(());
             };
+            if !matches!(work, Work::Zero | Work::Skip)
+                && let Some(start) = self.helpers.take()
+            {
+                start();
+            }
             match work {
                 Work::Zero => {
                     self.shared.buffers.give_back(buf);
