@@ -132,11 +132,33 @@ impl GrainMap {
     /// [`Kind::Unsupported`] for the other kinds of sparse extents.
     pub(crate) fn growable(&self) -> Result<(u64, bool)> {
         match &self.kind {
-            Kinds::Hosted { zeroed_grains, packing: None, overhead } => Ok((*overhead, *zeroed_grains)),
+            Kinds::Hosted { zeroed_grains, packing: None, overhead } => {
+                self.check_overhead(*overhead)?;
+                Ok((*overhead, *zeroed_grains))
+            }
             Kinds::Hosted { .. } => Err(Error::unsupported("writing to a VMDK with compressed grains")),
             Kinds::Cowd => Err(Error::unsupported("writing to a COWD sparse extent")),
             Kinds::Se(_) => Err(Error::unsupported("writing to an seSparse extent")),
         }
+    }
+
+    /// Refuses metadata behind `overhead`, where grains may be: the guest could write to it.
+    fn check_overhead(&self, overhead: u64) -> Result<()> {
+        let within = |at: u64, len: u64| at.saturating_add(len) <= overhead;
+        for directory in [Some(self.directory), self.redundant].into_iter().flatten() {
+            let mut sound = within(directory, self.directory_len());
+            for table in 0..self.geometry.tables {
+                let table = self.entry(directory, table).ok().flatten();
+                // A damaged one is told when it is needed.
+                sound &=
+                    table.is_none_or(|at| !self.fits(at, self.table_len()) || within(at, self.table_len()));
+            }
+            if !sound {
+                return Err(Error::unsupported("writing to a sparse extent with tables among its grains")
+                    .hint("convert the image and work on the copy"));
+            }
+        }
+        Ok(())
     }
 
     /// Where the grain table of number `table` stands, and its redundant copy, for changing them.

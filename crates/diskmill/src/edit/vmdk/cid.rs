@@ -61,7 +61,11 @@ impl DescriptorPlace {
             return Ok(());
         }
         match new.get(same..end) {
-            Some(changed) if !changed.is_empty() => self.disk.write(changed, self.at + same as u64),
+            Some(changed) if !changed.is_empty() => {
+                self.disk.write(changed, self.at + same as u64)?;
+                // Before the first guest byte: else a delta might not notice after a power failure.
+                self.disk.sync()
+            }
             _ => Ok(()),
         }
     }

@@ -16,7 +16,7 @@ use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::{FileId, LayerSource, Source};
+use crate::layout::{FileId, FormatInfo, LayerSource, Layout as _, Source};
 use crate::raw::FileRuns;
 use crate::vmdk::{ExtentFile, GrainMap, Part, PartSource, VmdkLayout};
 
@@ -76,6 +76,7 @@ impl VmdkWriter {
         backed: bool,
         limits: &Limits,
     ) -> Result<Self> {
+        refuse_tracking(layout)?;
         let mut disks: HashMap<FileId, Arc<Disk>> = HashMap::new();
         let mut disk_of = |file: &ExtentFile| -> Result<Arc<Disk>> {
             if let Some(disk) = disks.get(&file.id) {
@@ -100,7 +101,7 @@ impl VmdkWriter {
                     let (overhead, zeroed_grains) = map.growable()?;
                     let disk = disk_of(map.file())?;
                     let len = disk.shared_len();
-                    let tables = Arc::new(GrainTables::new(disk, map.geometry().grain_bytes));
+                    let tables = Arc::new(GrainTables::new(disk, overhead, map.geometry().grain_bytes)?);
                     let own = Arc::get_mut(map).ok_or_else(|| Error::invalid("a grain map in use"))?;
                     own.follow(Box::new(Arc::clone(&tables)), len);
                     let sparse = Sparse { map: Arc::clone(map), tables, overhead, zeroed_grains };
@@ -344,6 +345,17 @@ impl Sparse {
     }
 }
 
+/// Refuses a disk whose changed blocks are recorded for backups: they would miss what we write.
+fn refuse_tracking(layout: &VmdkLayout) -> Result<()> {
+    let FormatInfo::Vmdk(info) = &layout.info().specific else { return Ok(()) };
+    let mut entries = info.descriptor.iter().flat_map(|descriptor| &descriptor.other);
+    match entries.any(|entry| entry.key.eq_ignore_ascii_case(b"changeTrackPath")) {
+        false => Ok(()),
+        true => Err(Error::unsupported("recording writes in a change tracking file (changeTrackPath)")
+            .hint("convert the disk and work on the copy")),
+    }
+}
+
 /// The bytes of `guest` in `buf`, which begins at `at`.
 fn part<'b>(buf: &'b [u8], at: u64, guest: &Range<u64>) -> &'b [u8] {
     let (start, end) = (guest.start.saturating_sub(at) as usize, guest.end.saturating_sub(at) as usize);
@@ -401,7 +413,14 @@ impl Writer for VmdkWriter {
         for step in self.parts(range) {
             let (extent, range) = step?;
             match &extent.place {
-                Place::Closed(_) | Place::Flat { .. } => {}
+                Place::Closed(_) => {}
+                // A device may return anything afterwards, and zeroing it instead may take for ever.
+                Place::Flat { disk, .. } if disk.storage().is_block_device() => {}
+                Place::Flat { disk, offset } => {
+                    self.begin()?;
+                    let at = offset.saturating_add(range.start - extent.guest.start);
+                    disk.zero(at, range.end - range.start, false)?;
+                }
                 Place::Sparse(sparse) => {
                     let whole = sparse.inner_grains(extent, &range);
                     let _exclusive = self.ranges.lock(whole.clone(), true);

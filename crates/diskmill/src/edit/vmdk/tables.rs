@@ -32,11 +32,14 @@ struct State {
 }
 
 impl GrainTables {
-    pub(super) fn new(disk: Arc<Disk>, grain_bytes: u64) -> Self {
+    /// # Errors
+    /// [`Kind::Limit`] for a file that no grain can be added to.
+    pub(super) fn new(disk: Arc<Disk>, overhead: u64, grain_bytes: u64) -> Result<Self> {
         let clean = TableCache::new(Arc::clone(disk.storage()), disk.len());
-        let next = disk.len().next_multiple_of(grain_bytes.max(SECTOR));
+        let next = disk.len().max(overhead).checked_next_multiple_of(grain_bytes.max(SECTOR));
+        let next = next.ok_or_else(|| Error::new(Kind::Limit, "the file of the extent is too long"))?;
         let state = State { clean, dirty: BTreeMap::new(), dirty_bytes: 0 };
-        Self { disk, state: Mutex::new(state), next: AtomicU64::new(next) }
+        Ok(Self { disk, state: Mutex::new(state), next: AtomicU64::new(next) })
     }
 
     pub(super) fn disk(&self) -> &Arc<Disk> {
