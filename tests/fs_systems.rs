@@ -72,3 +72,27 @@ fn names_modes_and_bytes_survive() {
     let listed = Cmd::new("tar").args(["tf", "tree.tar"]).dir(dir).ok().out();
     assert_eq!(listed.lines().count(), 8, "{listed}");
 }
+
+/// QEMU has no part in this but as an NBD client: diskmill writes the VMDK.
+#[test]
+fn files_are_put_into_vmdks() {
+    let dir = scratch();
+    let dir = dir.path();
+    let Some(fs) = Fs::new(dir) else { return };
+    File::create(dir.join("disk.raw")).unwrap().set_len(64 << 20).unwrap();
+    let _ = Cmd::new("mke2fs").args(["-q", "-F", "-t", "ext4", "disk.raw"]).dir(dir).ok();
+    fs::write(dir.join("file"), vec![7; 3 << 20]).unwrap();
+    for subformat in ["monolithicSparse", "monolithicFlat"] {
+        let option = format!("subformat={subformat}");
+        let _ = fs.program(&["convert", "-O", "vmdk", "-o", &option, "disk.raw", "disk.vmdk"]).ok();
+        let _ = fs.ok(&["put", "-q", "disk.vmdk", "file", "/"]);
+        let _ = fs.program(&["check", "disk.vmdk"]).ok();
+        let _ = Cmd::new("qemu-img").args(["convert", "-O", "raw", "disk.vmdk", "back.raw"]).dir(dir).ok();
+        let _ = Cmd::new("e2fsck").args(["-fn", "back.raw"]).dir(dir).ok();
+        let _ = Cmd::new("debugfs").args(["-R", "dump /file back", "back.raw"]).dir(dir).ok();
+        assert_eq!(sha256_file(&dir.join("back")), sha256_file(&dir.join("file")), "{subformat}");
+    }
+    let packed = "subformat=streamOptimized";
+    let _ = fs.program(&["convert", "-O", "vmdk", "-o", packed, "disk.raw", "packed.vmdk"]).ok();
+    fs.cmd(&["put", "packed.vmdk", "file", "/"]).fails(1).says(&["compressed", "not supported"]);
+}

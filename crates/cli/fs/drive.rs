@@ -1,5 +1,5 @@
-//! How the appliance gets at an image: for reading through our own NBD server, so that QEMU never parses what a stranger
-//! made; for writing as a file, with its format named.
+//! How the appliance gets at an image: through our own NBD server, so that QEMU never parses what a stranger made; raw and
+//! plain qcow2 images that are to be written as files, with their format named.
 
 use std::ffi::OsString;
 use std::fs::DirBuilder;
@@ -11,9 +11,9 @@ use std::process::{ChildStdin, Command as Process, Stdio};
 
 use clap::Args;
 use diskmill::qcow2::CryptMethod;
-use diskmill::{Custody, Format, FormatInfo, Image};
+use diskmill::{Custody, Format, FormatInfo, Image, OpenOptions};
 use diskmill_guestfs::Disk;
-use diskmill_nbd::{Address, ImageExport, Running, Settings};
+use diskmill_nbd::{Address, Export as _, ImageExport, Running, Settings};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
@@ -62,15 +62,26 @@ impl Drive {
             eprintln!("diskmill: warning: {warning}");
         }
         match access {
-            Access::Write => Self::direct(image, file),
+            Access::Write if qemu_writes(&image) => Self::direct(image, file),
+            Access::Write if outlives => Err(Failure::failed(format!(
+                "{file:?}: a mount or kept session that writes to such a {} image is not supported: leave it out, or convert it to \
+                 qcow2",
+                image.info().format
+            ))),
+            Access::Write => {
+                // Our lock as a reader would be in the way.
+                drop(image);
+                let options = OpenOptions { writable: true, ..args.open.options(args.format) };
+                Self::by_server(ImageExport::writable(Image::open(file, &options)?))
+            }
             Access::Read | Access::Discard if outlives => Self::by_companion(args, file, &image),
-            Access::Read | Access::Discard => Self::by_server(image),
+            Access::Read | Access::Discard => Self::by_server(ImageExport::new(image)),
         }
     }
 
     /// Another image with the same options, to be read.
     pub(crate) fn as_format(args: &ImageArgs, file: &Path, format: Option<Format>) -> Result<Self, Failure> {
-        Self::by_server(Image::open(file, &args.open.options(format))?)
+        Self::by_server(ImageExport::new(Image::open(file, &args.open.options(format))?))
     }
 
     /// The same for a file that is written by a tool, in this format.
@@ -80,20 +91,12 @@ impl Drive {
     }
 
     fn direct(image: Image, file: &Path) -> Result<Self, Failure> {
-        let info = image.info();
-        let refused = match (&info.specific, info.format) {
-            (FormatInfo::Qcow2(qcow2), _) if qcow2.area.header.crypt != CryptMethod::None => {
-                "encrypted qcow2"
-            }
-            (_, Format::Raw | Format::Qcow2) => "",
-            (_, other) => other.name(),
-        };
-        if !refused.is_empty() {
+        let format = image.info().format.name();
+        if !qemu_writes(&image) {
             return Err(Failure::failed(format!(
-                "writing to {refused} images is not supported: they are only read; convert {file:?} to qcow2 or raw first"
+                "writing to such a {format} image with this command is not supported: convert {file:?} to qcow2 or raw first"
             )));
         }
-        let format = info.format.name();
         // Reading it ourselves, we would be in the way.
         drop(image);
         let server = Server::None { _custody: Custody::take(file)? };
@@ -104,13 +107,14 @@ impl Drive {
         Ok(Self { disk, format, address: file.as_os_str().to_owned(), server })
     }
 
-    fn by_server(image: Image) -> Result<Self, Failure> {
+    fn by_server(export: ImageExport) -> Result<Self, Failure> {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
         let folder = tempfile::Builder::new().prefix("diskmill-nbd-").tempdir().map_err(failed)?;
         let address = Address::Unix(folder.path().join("disk"));
-        let running = diskmill_nbd::serve(ImageExport::new(image), &address, settings()).map_err(failed)?;
         let disk = Disk::nbd(folder.path().join("disk"), "");
+        let disk = if export.is_writable() { disk.writable() } else { disk };
+        let running = diskmill_nbd::serve(export, &address, settings()).map_err(failed)?;
         let uri = guestfish_uri(&folder.path().join("disk"));
         let server = Server::Here { _running: running, _folder: folder };
         Ok(Self { disk, format: "raw", address: uri, server })
@@ -167,6 +171,15 @@ impl Drive {
             told.map_err(|error| Failure::failed(format!("the image's server has ended: {error}")))?;
         }
         Ok(())
+    }
+}
+
+/// Whether QEMU itself writes to such an image.
+fn qemu_writes(image: &Image) -> bool {
+    match &image.info().specific {
+        FormatInfo::Raw => true,
+        FormatInfo::Qcow2(qcow2) => qcow2.area.header.crypt == CryptMethod::None,
+        _ => false,
     }
 }
 
