@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use diskmill::edit::ZeroHow;
+use diskmill::edit::{Preallocation, ZeroHow};
 use diskmill::{Error, Image, SnapshotRef};
 use diskmill_testkit::{ModelDisk, Op, Step};
 
@@ -16,6 +16,7 @@ pub(crate) enum Act {
     Snapshot(String),
     Apply(String),
     Delete(String),
+    Resize(u64, Preallocation),
     Close,
 }
 
@@ -33,6 +34,7 @@ impl Act {
             Self::Snapshot(name) => image.create_snapshot(name, SystemTime::UNIX_EPOCH).map(drop),
             Self::Apply(name) => image.apply_snapshot(&SnapshotRef::Any(name.clone())),
             Self::Delete(name) => image.delete_snapshot(&SnapshotRef::Any(name.clone())),
+            Self::Resize(size, how) => image.resize(*size, *how),
             Self::Close => Ok(()),
         }
     }
@@ -69,6 +71,7 @@ impl Guest {
             Act::Apply(name) => {
                 self.disk = self.snapshots.iter().find(|(other, _)| other == name).unwrap().1.clone();
             }
+            Act::Resize(size, _) => self.disk.resize(*size),
             Act::Delete(name) => self.snapshots.retain(|(other, _)| other != name),
         }
     }

@@ -21,6 +21,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use diskmill::check::{CheckOptions, check_storage};
+use diskmill::edit::Preallocation;
 use diskmill_io::MemoryStorage;
 use diskmill_testkit::content::{Pattern, Rng};
 use diskmill_testkit::{ModelDisk, Op, Oracle, Step, TempDir, legalise, scratch, steps};
@@ -53,6 +54,7 @@ struct Kind {
     /// What is done to it: this many random steps.
     steps: usize,
     snapshots: bool,
+    resizes: bool,
 }
 
 const KIND: Kind = Kind {
@@ -64,6 +66,7 @@ const KIND: Kind = Kind {
     filled: 6,
     steps: 24,
     snapshots: false,
+    resizes: false,
 };
 
 const GROWING: Kind = Kind {
@@ -133,17 +136,33 @@ impl Kind {
     fn acts(&self, seed: u64) -> Vec<Act> {
         let mut rng = Rng::new(seed);
         let mut acts = Vec::new();
-        let mut names: Vec<String> = Vec::new();
-        for step in steps(seed, self.size, self.cluster, self.steps, false) {
-            acts.push(Act::Step(step));
+        let mut names: Vec<(String, u64)> = Vec::new();
+        let mut size = self.size;
+        for _ in 0..self.steps {
+            acts.extend(steps(rng.next_u64(), size, self.cluster, 1, false).into_iter().map(Act::Step));
             match rng.below(12) {
                 0..=2 => acts.push(Act::Flush),
                 3 if self.snapshots => {
-                    names.push(format!("s{}", acts.len()));
-                    acts.push(Act::Snapshot(names[names.len() - 1].clone()));
+                    names.push((format!("s{}", acts.len()), size));
+                    acts.push(Act::Snapshot(names[names.len() - 1].0.clone()));
                 }
-                4 if !names.is_empty() => acts.push(Act::Apply(names[rng.below(names.len())].clone())),
-                5 if names.len() > 1 => acts.push(Act::Delete(names.remove(rng.below(names.len())))),
+                4 if !names.is_empty() => {
+                    let (name, its_size) = &names[rng.below(names.len())];
+                    size = *its_size;
+                    acts.push(Act::Apply(name.clone()));
+                }
+                5 if names.len() > 1 => acts.push(Act::Delete(names.remove(rng.below(names.len())).0)),
+                6 | 7 if self.resizes => {
+                    let old = size;
+                    size = 512 * (1 + rng.below(self.size as usize / 340) as u64);
+                    let how = [
+                        Preallocation::Off,
+                        Preallocation::Metadata,
+                        Preallocation::Falloc,
+                        Preallocation::Full,
+                    ];
+                    acts.push(Act::Resize(size, how[if size > old { rng.below(4) } else { 0 }]));
+                }
                 _ => {}
             }
         }
@@ -321,5 +340,11 @@ crashes! {
     /// One cluster of the refcount table counts 2 MiB here.
     a_refcount_table_that_grows: GROWING;
     a_refcount_table_that_grows_with_snapshots: Kind { snapshots: true, ..GROWING };
+    resizes: Kind { resizes: true, snapshots: true, steps: 30, ..KIND };
+    resizes_of_many_tables: Kind { resizes: true, snapshots: true, cluster: 512, size: 75 << 10, ..KIND };
+    resizes_with_subclusters:
+        Kind { resizes: true, cluster: 1 << 14, options: ",extended_l2=on", size: 300 << 10, backed: true, ..KIND };
+    resizes_of_a_data_file: Kind { resizes: true, options: ",data_file=data.raw", backed: true, ..KIND };
+    resizes_of_version_2: Kind { resizes: true, options: ",compat=v2", ..KIND };
     preallocated: Kind { options: ",preallocation=metadata", snapshots: true, ..KIND };
 }
