@@ -11,6 +11,7 @@ use super::customize::{CustomizeArgs, SysprepArgs};
 use super::diff::DiffArgs;
 use super::grow::GrowArgs;
 use super::pack::Owner;
+use super::prepare::PrepareArgs;
 use super::registry::RegistryVerb;
 use super::settings::SettingsArgs;
 use super::sparsify::SparsifyArgs;
@@ -92,6 +93,8 @@ pub(crate) enum Verb {
     Script(ScriptArgs),
     /// guestfish, with the image added and mounted
     Shell(ShellArgs),
+    /// Build an appliance that starts faster, once, for all later commands
+    Prepare(PrepareArgs),
 }
 
 /// How to open an image and its session.

@@ -22,6 +22,7 @@ mod meta;
 mod name;
 pub(crate) mod output;
 mod pack;
+pub(crate) mod prepare;
 mod registry;
 mod reply;
 mod run;
@@ -65,5 +66,6 @@ pub(crate) fn run(args: FsArgs) -> Result<Exit, Failure> {
         Verb::Registry(verb) => registry::registry(&verb),
         Verb::Script(args) => tools::script(&args),
         Verb::Shell(args) => tools::shell(&args),
+        Verb::Prepare(args) => prepare::prepare(&args),
     }
 }

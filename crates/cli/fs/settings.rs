@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use diskmill_guestfs::{Settings, kvm};
+use diskmill_guestfs::{Prepared, Settings, kvm};
 use serde::Deserialize;
 
 use crate::exit::Failure;
@@ -66,7 +66,8 @@ struct FsTable {
     idle_timeout: Option<u64>,
 }
 
-/// The settings, and how long a kept session stays idle. Where KVM is there and does not boot, it is not used.
+/// The settings, and how long a kept session stays idle. Where KVM is there and does not boot, it is not used; an
+/// appliance that is prepared is.
 pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Failure> {
     let (mut settings, idle) = merge(args, from_file()?, Settings::from_env(), in_env);
     if settings.backend_settings.is_none()
@@ -74,6 +75,9 @@ pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Fail
         && kvm::qemu(&settings).is_some_and(|qemu| kvm::verdict(&qemu, false).hangs())
     {
         settings.backend_settings = Some("force_tcg".to_owned());
+    }
+    if let Some(prepared) = Prepared::find() {
+        prepared.apply(&mut settings);
     }
     Ok((settings, idle))
 }

@@ -20,6 +20,7 @@
 //! named, and no command of guestfish that works on the host can be sent.
 #![forbid(unsafe_code)]
 
+mod bzimage;
 mod cancel;
 mod command;
 mod connection;
@@ -34,6 +35,7 @@ pub mod kvm;
 mod messages;
 mod options;
 mod place;
+mod prepared;
 mod process;
 mod session;
 mod settings;
@@ -47,6 +49,7 @@ pub use error::{Error, Kind, Result};
 pub use keeper::keeper_main;
 pub use kept::{Kept, leftovers, sweep};
 pub use options::{Event, Listener, Options};
+pub use prepared::Prepared;
 pub use session::{MAX_OUTPUT, Session};
 pub use settings::Settings;
 pub use watchdog::WatchdogCommand;

@@ -193,7 +193,7 @@ fn start_failed(said: &str, reason: &str) -> Error {
 
 /// The lines as one, cut to a length that can be read. What the guest can make part of a message, such as the name of a
 /// file, must not steer the terminal.
-fn one_line(lines: Vec<&str>) -> String {
+pub(crate) fn one_line(lines: Vec<&str>) -> String {
     let lines: Vec<&str> = lines.into_iter().map(str::trim).filter(|line| !line.is_empty()).collect();
     let mut text = String::new();
     for c in lines.join("; ").chars().take(MAX_REASON) {
