@@ -296,3 +296,31 @@ fn bitmaps_follow_the_size_of_the_disk() {
         if line.starts_with("resize") { same(line) } else { pair.same_but_hint(line) }
     }
 }
+
+#[test]
+fn encrypted_disks_are_resized() {
+    const SECRET: [&str; 2] = ["--object", "secret,id=s,data=abc"];
+    const IMAGE: &str = "driver=qcow2,file.filename=l.qcow2,encrypt.key-secret=s";
+    let Some(pair) = Pair::new(|oracle| {
+        let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+        oracle.img(["create", "-q", "-f", "qcow2", "-o", options]).args(SECRET).args(["l.qcow2", "1M"]).ok();
+        oracle.io(SECRET).args(["--image-opts", IMAGE, "-c", "write -P 7 1000k 24k"]).ok();
+    }) else {
+        return;
+    };
+    pair.same("resize l.qcow2 2M");
+    for change in ["--shrink 1030144", "2M", "--preallocation=metadata 3M", "--preallocation=full 4M"] {
+        pair.same(&format!("resize --object secret,id=s,data=abc --image-opts {IMAGE} {change}"));
+        let [theirs, ours] = [&pair.theirs, &pair.ours].map(|dir| {
+            let oracle = pair.oracle.at(dir.path());
+            oracle.img(["convert", "-O", "raw", "--image-opts", IMAGE, "out.raw"]).args(SECRET).ok();
+            std::fs::read(dir.path().join("out.raw")).unwrap()
+        });
+        assert!(ours[1_030_144..].iter().all(|&byte| byte == 0), "{change}");
+        // What QEMU preallocates it does not encrypt.
+        if !change.contains("preallocation") && change != "2M" {
+            assert!(theirs == ours, "{change}");
+        }
+        pair.oracle.at(pair.ours.path()).img(["check", "--image-opts", IMAGE]).args(SECRET).ok();
+    }
+}

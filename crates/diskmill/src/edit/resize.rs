@@ -47,7 +47,7 @@ impl Image {
             return Ok(());
         };
         // The guest's bytes are read and written in between, through the tables as they are then.
-        self.edit_qcow2("size", |writer| writer.make_room_for(size))?;
+        self.edit_qcow2("size", |writer| writer.make_room_for(size, preallocation))?;
         let done = writer.resize_guest(self, size, preallocation);
         let done = self.named(done);
         self.edit_qcow2("size", |_| done)

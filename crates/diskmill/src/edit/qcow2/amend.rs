@@ -51,6 +51,9 @@ impl Qcow2Writer {
         if header.incompatible != 0 {
             return cannot(&format!("what incompatible features {:#x} say", header.incompatible));
         }
+        if self.encrypted {
+            return cannot("an encrypted disk");
+        }
         if header.refcount_width.bits() != 16 {
             return cannot("a refcount width other than 16 bits");
         }

@@ -24,7 +24,7 @@ impl Qcow2Writer {
     ///
     /// # Errors
     /// [`Kind::Invalid`], [`Kind::Unsupported`] and [`Kind::Limit`] for sizes that the image cannot have.
-    pub(crate) fn make_room_for(&self, size: u64) -> Result<()> {
+    pub(crate) fn make_room_for(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         let mut meta = self.meta();
         if !size.is_multiple_of(512) {
             return Err(Error::invalid(format!("a disk of {size} bytes: sizes are multiples of 512")));
@@ -32,6 +32,9 @@ impl Qcow2Writer {
         if meta.area.header.snapshots != 0 && meta.area.header.version < 3 {
             return Err(Error::unsupported("resizing a version 2 image that has snapshots")
                 .hint("they do not know their size; `amend -o compat=1.1` upgrades the image"));
+        }
+        if self.encrypted && preallocation != Preallocation::Off && meta.area.header.version < 3 {
+            return Err(Error::unsupported("preallocation of an encrypted version 2 image"));
         }
         // What cannot be resized is refused before anything changes.
         if meta.area.bitmap_directory().is_some() {
@@ -158,7 +161,12 @@ impl Qcow2Writer {
                 }
             };
             for _ in 0..clusters {
-                let cluster = Cluster::Standard(HostOffset(host));
+                let place = HostOffset(host);
+                let cluster = match self.encrypted {
+                    // Zeros in the file are no zeros to the guest.
+                    true => Cluster::Zero(Some(place)),
+                    false => Cluster::Standard(place),
+                };
                 meta.exchange(guest, Entry { cluster, copied: true })?;
                 (guest, host) = (guest + size, host + size);
             }
