@@ -37,10 +37,10 @@ fn names(dir: &Path) -> Vec<String> {
 /// A raw disk of `runs` runs of 128 KiB of data with holes between them: more than what is planned ahead.
 fn write_runs(path: &Path, runs: usize) {
     let file = File::create(path).unwrap();
-    file.set_len((runs * 256 << 10) as u64).unwrap();
+    file.set_len(((runs * 256) << 10) as u64).unwrap();
     for run in 0..runs {
         let bytes = fill(Pattern::Random, run as u64, 128 << 10);
-        file.write_all_at(&bytes, (run * 256 << 10) as u64).unwrap();
+        file.write_all_at(&bytes, ((run * 256) << 10) as u64).unwrap();
     }
 }
 

@@ -246,7 +246,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (qemu, hv) = (dir.path().join("it's qemu"), dir.path().join("hv"));
         for (path, text) in [(&qemu, b"#!/bin/sh\nprintf '%s|' \"$@\"".to_vec()), (&hv, wrapper(&qemu))] {
-            let mut file = OpenOptions::new().write(true).create(true).mode(0o700).open(path).unwrap();
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o700).open(path).unwrap();
             file.write_all(&text).unwrap();
         }
         let said =
