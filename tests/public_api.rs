@@ -43,7 +43,7 @@ fn document() -> PathBuf {
         .args(["doc", "--quiet", "--package", "diskmill", "--lib", "--no-deps", "--target-dir"])
         .arg(&dir)
         .dir(workspace_root())
-        .limit(Duration::from_secs(600))
+        .limit(Duration::from_secs(1200))
         .ok();
     dir.join("doc/diskmill")
 }
