@@ -33,6 +33,12 @@ impl Fs {
         self.environment(Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(words))
     }
 
+    /// A program of libguestfs', with its arguments.
+    pub(crate) fn peer(&self, words: &[&str]) -> Cmd {
+        let (program, words) = words.split_first().unwrap();
+        self.environment(Cmd::new(program).args(words))
+    }
+
     /// `diskmill fs` with these words.
     pub(crate) fn cmd(&self, words: &[&str]) -> Cmd {
         let tool = Tool::under_test(env!("CARGO_BIN_EXE_diskmill"));
