@@ -51,16 +51,19 @@ pub(crate) fn unlock(guest: &mut Guest, keys: &[Key]) -> Result<(), Failure> {
             }
             let suits =
                 |key: &&Key| key.device.as_ref().is_none_or(|wanted| *wanted == device || *wanted == uuid);
-            let mut suiting = keys.iter().filter(suits).peekable();
-            if suiting.peek().is_none() {
-                continue;
+            let mut refused = None;
+            for key in keys.iter().filter(suits) {
+                refused = open_volume(guest, &device, &uuid, key).err();
+                if refused.is_none() {
+                    opened += 1;
+                    break;
+                }
             }
-            if !suiting.any(|key| open_volume(guest, &device, &uuid, key)) {
+            if let Some(reason) = refused {
                 return Err(Failure::failed(format!(
-                    "no passphrase that was given opens {device} (UUID {uuid})"
+                    "no passphrase that was given opens {device} (UUID {uuid}): {reason}"
                 )));
             }
-            opened += 1;
         }
         if opened == before {
             break;
@@ -73,17 +76,13 @@ pub(crate) fn unlock(guest: &mut Guest, keys: &[Key]) -> Result<(), Failure> {
     Ok(())
 }
 
-fn open_volume(guest: &mut Guest, device: &str, uuid: &str, key: &Key) -> bool {
-    let passphrase = match read(&key.source, device) {
-        Ok(passphrase) => passphrase,
-        Err(error) => {
-            guest.remark(&format!("cannot read the passphrase: {error}"));
-            return false;
-        }
-    };
+/// Opens one volume; the reason when it cannot be.
+fn open_volume(guest: &mut Guest, device: &str, uuid: &str, key: &Key) -> Result<(), String> {
+    let passphrase =
+        read(&key.source, device).map_err(|error| format!("the passphrase cannot be read: {error}"))?;
     let name = format!("luks-{uuid}");
     let command = Command::new("cryptsetup-open").arg(device).arg(name).key(passphrase);
-    matches!(guest.try_call(command), Ok(Some(_)))
+    guest.call(command).map(drop).map_err(|failure| failure.message.unwrap_or_default())
 }
 
 /// The passphrase for `what`, from where it is to come.
