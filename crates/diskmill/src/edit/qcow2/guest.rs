@@ -128,7 +128,7 @@ impl Qcow2Writer {
                 end = (next.guest + size).min(range.end);
             }
             let (part, after) = rest.split_at_checked((end - start) as usize).unwrap_or((rest, &[]));
-            self.data.write(part, host_of(target, start))?;
+            self.data.write_fresh(part, host_of(target, start))?;
             rest = after;
         }
         Ok(())

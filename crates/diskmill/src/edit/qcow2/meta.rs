@@ -343,8 +343,8 @@ impl Meta {
 
     /// Makes the file reach to the end of cluster `end` (exclusive), so that no write changes its length.
     pub(super) fn reach(&mut self, end: u64) -> Result<()> {
-        /// Growing step in bytes: each is a system call.
-        const STEP: u64 = 1 << 20;
+        /// Growing step in bytes, which is a system call: a part of the file between these.
+        const STEP: (u64, u64) = (1 << 20, 64 << 20);
         let bits = self.geometry.cluster_bits();
         if end >> (56 - bits) != 0 {
             return Err(Error::new(Kind::Limit, "the image would need host offsets of more than 56 bits"));
@@ -359,7 +359,7 @@ impl Meta {
             return Err(Error::io(format!("the device is full ({len} bytes)"), full));
         }
         self.grown = true;
-        let roomy = need.next_multiple_of(STEP);
+        let roomy = need.saturating_add((need / 8).clamp(STEP.0, STEP.1));
         self.disk.set_len(roomy).or_else(|_| self.disk.set_len(need))
     }
 

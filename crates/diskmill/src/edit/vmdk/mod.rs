@@ -333,9 +333,9 @@ impl Sparse {
         let (head, tail) = (around(guest.start..piece.guest.start)?, around(piece.guest.end..guest.end)?);
         let body = part(buf, at, &piece.guest);
         if head.is_empty() && tail.is_empty() {
-            self.tables.disk().write(body, host)?;
+            self.tables.disk().write_fresh(body, host)?;
         } else {
-            self.tables.disk().write(&[&head, body, &tail].concat(), host)?;
+            self.tables.disk().write_fresh(&[&head, body, &tail].concat(), host)?;
         }
         let first = (guest.start - extent.guest.start) / self.grain();
         let step = self.grain();
