@@ -48,7 +48,6 @@ fn looking_prints_the_same() {
         "map a.raw --output=json -s 512k -l 1M",
         "map --output json a.vmdk",
         "map --output json json:{\"driver\":\"raw\",\"offset\":65536,\"size\":131072,\"file\":{\"driver\":\"file\",\"filename\":\"a.raw\"}}",
-        "check base.qcow2",
         "check --output json top.qcow2",
         "check -f qcow2 packed.qcow2",
         "check --output json packed.qcow2",
@@ -374,5 +373,59 @@ fn passphrases_reach_the_image() {
         ),
     ] {
         pair.same(&line);
+    }
+}
+
+#[test]
+fn bitmaps_change_the_same() {
+    let Some(pair) = Pair::new(|oracle| {
+        images(oracle);
+        oracle.create("other.qcow2", "", 8 << 20);
+        oracle.img(["bitmap", "--add", "other.qcow2", "b"]).ok();
+        oracle.img(["bitmap", "--add", "-g", "512", "--disable", "packed.qcow2", "fine"]).ok();
+        oracle.img(["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "old.qcow2", "1M"]).ok();
+    }) else {
+        return;
+    };
+    for line in [
+        "bitmap --add base.qcow2 b0",
+        "bitmap --add -g 4k --disable base.qcow2 b1",
+        "bitmap --add base.qcow2 b0",
+        "bitmap --add -g 100 base.qcow2 b2",
+        "bitmap --add -g 4G base.qcow2 b2",
+        "bitmap --add -g 0 base.qcow2 b2",
+        "bitmap --add --remove base.qcow2 b3",
+        "bitmap --add --merge nope base.qcow2 b4",
+        "bitmap --enable --clear base.qcow2 b1",
+        "bitmap --disable base.qcow2 b0",
+        "bitmap --merge b0 --merge b1 base.qcow2 b2",
+        "bitmap --merge fine -b packed.qcow2 base.qcow2 b2",
+        "bitmap --merge nope -b packed.qcow2 -F qcow2 base.qcow2 b2",
+        "bitmap --merge b -b other.qcow2 base.qcow2 b2",
+        "bitmap --remove base.qcow2 nope",
+        "bitmap --remove base.qcow2 b4",
+        "bitmap --clear -f raw a.raw b",
+        "bitmap --merge b -b nope base.qcow2 b2",
+        "info --output json packed.qcow2",
+        "bitmap base.qcow2 b0",
+        "bitmap --add base.qcow2",
+        "bitmap -g 512 --disable base.qcow2 b0",
+        "bitmap -F qcow2 --add base.qcow2 b0",
+        "bitmap -b base.qcow2 --add base.qcow2 b0",
+        "bitmap --add nonexistent b0",
+        "convert --bitmaps -O qcow2 base.qcow2 carried.qcow2",
+        "convert --bitmaps -O qcow2 base.qcow2 other.qcow2 two.qcow2",
+        "convert --bitmaps -O raw base.qcow2 none.raw",
+        "convert --bitmaps -O qcow2 a.raw none.qcow2",
+        "convert --skip-broken-bitmaps -O qcow2 base.qcow2 none.qcow2",
+    ] {
+        pair.same(line);
+    }
+    let bitmaps = |name: &str| {
+        pair.path(name).map(|path| pair.oracle.info(path)["format-specific"]["data"]["bitmaps"].clone())
+    };
+    for name in ["base.qcow2", "carried.qcow2"] {
+        let [theirs, ours] = bitmaps(name);
+        assert!(theirs.is_array() && theirs == ours, "{name}: {theirs} {ours}");
     }
 }
