@@ -21,13 +21,14 @@ Examples:
   diskmill convert -O raw disk.qcow2 - | ssh host 'cat > /dev/vdb'
   diskmill info disk.qcow2
   diskmill map --output json disk.qcow2
-  diskmill compare disk.qcow2 disk.raw";
+  diskmill compare disk.qcow2 disk.raw
+  diskmill fs cat disk.vmdk /etc/os-release";
 
 /// What `--version` says behind the name.
 static VERSION: LazyLock<String> =
     LazyLock::new(|| format!("{} (codecs: {})", env!("CARGO_PKG_VERSION"), diskmill::codec_engines()));
 
-/// Converts and examines disk images: raw, qcow2, VMDK and OVA.
+/// Converts, examines and changes disk images: raw, qcow2, VMDK and OVA.
 #[derive(Debug, Parser)]
 #[command(name = "diskmill", version = VERSION.as_str(), before_help = EXAMPLES, max_term_width = 110)]
 pub(crate) struct Cli {
@@ -47,38 +48,38 @@ pub(crate) enum Command {
     Compare(Deferred<CompareArgs>),
     /// Look for damage in an image, and repair it
     Check(Deferred<CheckArgs>),
+    /// Tell how large a file a disk would need in a format
+    Measure(Deferred<crate::measure::MeasureArgs>),
     /// Make an empty image
     Create(Deferred<crate::create::CreateArgs>),
-    /// Change the properties of a qcow2 image: version, width of refcounts and the like
-    Amend(Deferred<crate::amend::AmendArgs>),
     /// Make a disk longer or shorter
     Resize(Deferred<crate::resize::ResizeArgs>),
     /// Take, apply, list and delete internal snapshots
     Snapshot(Deferred<crate::snapshot::SnapshotArgs>),
+    /// Move what an overlay has into its backing file
+    Commit(Deferred<crate::commit::CommitArgs>),
+    /// Give an image another backing file, or none
+    Rebase(Deferred<crate::rebase::RebaseArgs>),
     /// List, add, remove, clear, enable, disable and merge persistent bitmaps of qcow2 images
     Bitmap(Deferred<crate::bitmap::BitmapArgs>),
+    /// Change the properties of a qcow2 image: version, width of refcounts and the like
+    Amend(Deferred<crate::amend::AmendArgs>),
+    /// Serve an image over NBD
+    Serve(Deferred<crate::serve::ServeArgs>),
     /// Look into images and change them: files, packages, partitions, registry
     Fs(Deferred<FsArgs>),
     /// Keep appliances running between file-system commands
     Session(Deferred<crate::session::SessionArgs>),
+    /// Tell what file-system commands need of this machine, and what it lacks
+    Doctor(Deferred<crate::doctor::DoctorArgs>),
+    /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
+    InstallQemuImg(Deferred<InstallArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
     #[command(hide = true)]
     GuestfsKeeper,
     /// Started by file-system commands: serves an image to an appliance that is kept
     #[command(hide = true)]
     GuestfsCompanion(Deferred<CompanionArgs>),
-    /// Move what an overlay has into its backing file
-    Commit(Deferred<crate::commit::CommitArgs>),
-    /// Tell how large a file a disk would need in a format
-    Measure(Deferred<crate::measure::MeasureArgs>),
-    /// Tell what file-system commands need of this machine, and what it lacks
-    Doctor(Deferred<crate::doctor::DoctorArgs>),
-    /// Give an image another backing file, or none
-    Rebase(Deferred<crate::rebase::RebaseArgs>),
-    /// Serve an image over NBD
-    Serve(Deferred<crate::serve::ServeArgs>),
-    /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
-    InstallQemuImg(Deferred<InstallArgs>),
 }
 
 #[derive(Debug, Args)]
