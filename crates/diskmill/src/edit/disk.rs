@@ -43,12 +43,7 @@ impl Disk {
     /// The same file through `storage`, which encrypts what is written to it.
     pub(crate) fn seen_through(&self, storage: SharedStorage) -> Self {
         let reserve_first = storage.gains_from_allocate().into();
-        Self {
-            storage,
-            len: Arc::clone(&self.len),
-            durability: Arc::clone(&self.durability),
-            reserve_first,
-        }
+        Self { storage, len: Arc::clone(&self.len), durability: Arc::clone(&self.durability), reserve_first }
     }
 
     pub(crate) fn storage(&self) -> &SharedStorage {
