@@ -89,10 +89,7 @@ impl Qcow2Writer {
             Ok(()) => targets
                 .iter()
                 .filter_map(|target| Some((target.guest, target.link.as_ref()?)))
-                .try_for_each(|(guest, link)| {
-                    meta.set_entry(guest, link.new)?;
-                    if link.old.stays_in(link.new) { Ok(()) } else { meta.release(link.old) }
-                }),
+                .try_for_each(|(guest, link)| meta.replace(guest, link.old, link.new)),
             Err(error) => {
                 meta.give_back(&targets);
                 Err(error)
@@ -230,13 +227,7 @@ impl Qcow2Writer {
                     let part = guest.max(at)..(guest + size).min(end);
                     match change(&mut meta, guest, part.clone())? {
                         Change::Nothing => {}
-                        Change::Entry(new) => {
-                            let old = meta.entry(guest)?;
-                            meta.set_entry(guest, new)?;
-                            if !old.stays_in(new) {
-                                meta.release(old)?;
-                            }
-                        }
+                        Change::Entry(new) => meta.exchange(guest, new)?,
                         Change::WriteZeros => plainly.push(part.clone()),
                     }
                     guest += size;
@@ -271,12 +262,6 @@ impl Entry {
             | Cluster::Subclusters { host: Some(host), .. } => Some(host),
             _ => None,
         }
-    }
-
-    /// Whether `new`, which takes the place of this entry, refers to the same host cluster. Never true of compressed
-    /// payloads: no entry takes one over.
-    fn stays_in(&self, new: Self) -> bool {
-        self.cluster_host().is_some_and(|host| new.cluster_host() == Some(host))
     }
 
     /// The subclusters that are in the host cluster, and those that read as zeros.

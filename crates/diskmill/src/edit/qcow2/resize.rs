@@ -257,13 +257,6 @@ impl Meta {
         self.l1_clusters(l1).try_for_each(|cluster| self.lower(cluster << bits))
     }
 
-    /// Replaces the entry at `guest` and gives up what the old one had.
-    fn exchange(&mut self, guest: u64, new: Entry) -> Result<()> {
-        let old = self.entry(guest)?;
-        self.set_entry(guest, new)?;
-        if old.cluster_host() == new.cluster_host() { Ok(()) } else { self.release(old) }
-    }
-
     /// Gives up the L2 table that maps `guest`, and all that it refers to.
     fn drop_table(&mut self, guest: u64) -> Result<()> {
         let index = self.geometry.l1_index(guest);

@@ -131,6 +131,20 @@ impl Meta {
         self.set_l2_entry(table, self.geometry.l2_index(guest), entry)
     }
 
+    /// Puts `new` in the place of `old` at guest offset `guest`, and gives up what that had.
+    pub(super) fn replace(&mut self, guest: u64, old: Entry, new: Entry) -> Result<()> {
+        self.set_entry(guest, new)?;
+        // Compressed payloads always go: no entry takes one over.
+        let stays = old.cluster_host().is_some_and(|host| new.cluster_host() == Some(host));
+        if stays { Ok(()) } else { self.release(old) }
+    }
+
+    /// As [`replace`](Self::replace), whatever stands there.
+    pub(super) fn exchange(&mut self, guest: u64, new: Entry) -> Result<()> {
+        let old = self.entry(guest)?;
+        self.replace(guest, old, new)
+    }
+
     /// The L2 table of entry `index` of the active L1 table. Made if there is none, copied if a snapshot has it too.
     fn own_table(&mut self, index: u64) -> Result<u64> {
         let old = self.l1_entry(self.active(), index)?;
