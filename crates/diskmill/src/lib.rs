@@ -173,6 +173,7 @@ mod probe;
 pub mod qcow2;
 mod raw;
 mod reader;
+mod reserve;
 mod size;
 mod tables;
 pub mod vmdk;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use diskmill_codec::runs;
 
-use super::{BadRange, ConvertOptions, Monitor};
+use super::{BadRange, ConvertOptions, Monitor, SALVAGE_STEP};
 use crate::edit::{DirtyBits, ZeroHow};
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -16,8 +16,6 @@ use crate::qcow2::Bitmap;
 const STEP: u64 = 2 << 20;
 /// Zeros that are written at once: between two of them the conversion can be cancelled.
 const ZERO_STEP: u64 = 1 << 30;
-/// What is given up for one unreadable spot, in bytes.
-const SALVAGE_STEP: usize = 4096;
 
 /// Writes the bytes of `sources`, one behind the other, into `target`. What lies behind them stays as it is. Returns what
 /// could not be read. Where fresh clusters come to lie depends on which thread is first.

@@ -45,6 +45,8 @@ use worker::{Shared, Worker};
 
 /// Extents of each source that are looked at for a packed one.
 const LOOKED_AT: usize = 1024;
+/// What is given up for one unreadable spot of plain data, in bytes: a page, which is what the system reads at least.
+const SALVAGE_STEP: usize = 4096;
 
 /// Where the bytes come from.
 pub enum Input<'a> {

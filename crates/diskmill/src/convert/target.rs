@@ -2,7 +2,6 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_io::{
@@ -23,10 +22,9 @@ use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
 use crate::probe::Format;
 use crate::qcow2::{Bitmap, Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::reserve::Reserve;
 use crate::vmdk::VmdkOptions;
 
-/// Writes of at least this many bytes have their blocks reserved first, where that pays.
-const RESERVE_FROM: usize = 64 << 10;
 /// Bytes at the start of a device that are cleared before an image with a header of its own is written to it.
 const OLD_HEADER: u64 = 4096;
 
@@ -38,8 +36,7 @@ pub(super) struct Target {
     path: PathBuf,
     /// Old bytes may be there.
     dirty: bool,
-    /// Reserving blocks before writing them makes it faster.
-    reserve_first: AtomicBool,
+    reserve: Reserve,
     /// The disk's size is at least this: that of the image that is being filled.
     least_size: u64,
     /// What guest data is encrypted with, and the LUKS header that keeps its key.
@@ -80,7 +77,7 @@ impl Target {
                     others: Vec::new(),
                     path: PathBuf::from("-"),
                     dirty: false,
-                    reserve_first: AtomicBool::new(false),
+                    reserve: Reserve::default(),
                     least_size: 0,
                     encryption: None,
                     _locks: Vec::new(),
@@ -171,13 +168,13 @@ impl Target {
                 storage.allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;
             }
         }
-        let reserve_first = AtomicBool::new(pending.storage().gains_from_allocate() && !options.direct);
+        let reserve = Reserve::new(pending.storage().gains_from_allocate() && !options.direct);
         Ok(Self {
             main: Main::Pending(pending.storage(), pending),
             others,
             path,
             dirty: false,
-            reserve_first,
+            reserve,
             least_size,
             encryption: None,
             _locks: locks,
@@ -207,7 +204,7 @@ impl Target {
             others: Vec::new(),
             path,
             dirty,
-            reserve_first: AtomicBool::new(false),
+            reserve: Reserve::default(),
             least_size,
             encryption: None,
             _locks: lock.into_iter().collect(),
@@ -342,14 +339,7 @@ impl Target {
             }
             WriteWhat::Reserve { len } => storage.allocate(op.at, *len).map_err(failed),
             WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
-                if data.len() >= RESERVE_FROM && self.reserve_first.load(Relaxed) {
-                    match storage.allocate(op.at, data.len() as u64) {
-                        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
-                            self.reserve_first.store(false, Relaxed);
-                        }
-                        reserved => reserved.map_err(failed)?,
-                    }
-                }
+                self.reserve.before_write(&*storage, op.at, data.len()).map_err(failed)?;
                 write_all(&*storage, data, op.at).map_err(failed)?;
                 monitor.add_written(data.len() as u64);
                 Ok(())

@@ -11,13 +11,10 @@ use super::options::make_packer;
 use super::pack::{JobPacker, Pass};
 use super::placer::{Filled, FilledKind, Placer, WriteSet};
 use super::planner::{Item, Job, PackedPart, Planner, Soon, Work};
-use super::{BadRange, ConvertOptions, Monitor};
+use super::{BadRange, ConvertOptions, Monitor, SALVAGE_STEP};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::reader::read_exact;
-
-/// What is given up for one unreadable spot of plain data, in bytes: a page, which is what the system reads at least.
-const SALVAGE_STEP: usize = 4096;
 
 /// What the workers share.
 pub(super) struct Shared<'a> {

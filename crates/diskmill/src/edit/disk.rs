@@ -8,6 +8,7 @@ use diskmill_io::SharedStorage;
 
 use super::Preallocation;
 use crate::error::{Error, Kind, Result};
+use crate::reserve::Reserve;
 
 /// A file of an image that is open for writing: it knows its length, and whether there are writes that no barrier has
 /// covered yet.
@@ -16,12 +17,8 @@ pub(crate) struct Disk {
     /// In bytes; shared with the layout that reads the same file.
     len: Arc<AtomicU64>,
     durability: Arc<Durability>,
-    /// Reserving blocks before writing them makes it faster.
-    reserve_first: AtomicBool,
+    reserve: Reserve,
 }
-
-/// Writes of at least this many bytes have their blocks reserved first, where that pays.
-const RESERVE_FROM: usize = 64 << 10;
 
 /// What a barrier is about.
 #[derive(Default)]
@@ -36,14 +33,14 @@ struct Durability {
 impl Disk {
     pub(crate) fn new(storage: SharedStorage) -> Result<Self> {
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
-        let reserve_first = storage.gains_from_allocate().into();
-        Ok(Self { storage, len: Arc::new(AtomicU64::new(len)), durability: Arc::default(), reserve_first })
+        let reserve = Reserve::new(storage.gains_from_allocate());
+        Ok(Self { storage, len: Arc::new(AtomicU64::new(len)), durability: Arc::default(), reserve })
     }
 
     /// The same file through `storage`, which encrypts what is written to it.
     pub(crate) fn seen_through(&self, storage: SharedStorage) -> Self {
-        let reserve_first = storage.gains_from_allocate().into();
-        Self { storage, len: Arc::clone(&self.len), durability: Arc::clone(&self.durability), reserve_first }
+        let reserve = Reserve::new(storage.gains_from_allocate());
+        Self { storage, len: Arc::clone(&self.len), durability: Arc::clone(&self.durability), reserve }
     }
 
     pub(crate) fn storage(&self) -> &SharedStorage {
@@ -80,17 +77,10 @@ impl Disk {
 
     /// As [`write`](Self::write), where the file may have no blocks yet.
     pub(crate) fn write_fresh(&self, buf: &[u8], at: u64) -> Result<()> {
-        if buf.len() >= RESERVE_FROM && self.reserve_first.load(Ordering::Relaxed) {
-            self.check()?;
-            let reserved = self.storage.allocate(at, buf.len() as u64);
-            self.durability.unsynced.store(true, Ordering::Release);
-            match reserved {
-                Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
-                    self.reserve_first.store(false, Ordering::Relaxed);
-                }
-                reserved => reserved.map_err(|error| cannot("reserve blocks", at, error))?,
-            }
-        }
+        self.check()?;
+        self.durability.unsynced.store(true, Ordering::Release);
+        let reserved = self.reserve.before_write(&*self.storage, at, buf.len());
+        reserved.map_err(|error| cannot("reserve blocks", at, error))?;
         self.write(buf, at)
     }
 

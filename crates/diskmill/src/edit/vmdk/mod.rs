@@ -54,7 +54,7 @@ enum Place {
         disk: Arc<Disk>,
         offset: u64,
     },
-    Sparse(Arc<Sparse>),
+    Sparse(Box<Sparse>),
 }
 
 struct Sparse {
@@ -105,7 +105,7 @@ impl VmdkWriter {
                     let own = Arc::get_mut(map).ok_or_else(|| Error::invalid("a grain map in use"))?;
                     own.follow(Box::new(Arc::clone(&tables)), len);
                     let sparse = Sparse { map: Arc::clone(map), tables, overhead, zeroed_grains };
-                    Place::Sparse(Arc::new(sparse))
+                    Place::Sparse(Box::new(sparse))
                 }
             };
             let Part { start, len, .. } = *part;
