@@ -117,6 +117,12 @@ fn human(report: &Report, repair: Repair) -> String {
         _ => "",
     };
     out.push_str(hint);
+    add_statistics(&mut out, report);
+    out
+}
+
+/// The last lines of the text: how full the image is.
+pub(crate) fn add_statistics(out: &mut String, report: &Report) {
     if report.total_clusters > 0 && report.allocated_clusters > 0 {
         let share = |part: u64, all: u64| part as f64 * 100.0 / all as f64;
         let _ = writeln!(
@@ -132,5 +138,4 @@ fn human(report: &Report, repair: Repair) -> String {
     if report.image_end_offset > 0 {
         let _ = writeln!(out, "Image end offset: {}", report.image_end_offset);
     }
-    out
 }

@@ -1,17 +1,14 @@
 //! `diskmill commit`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::Args;
-use diskmill::convert::Monitor;
 use diskmill::edit::{Commit, CommitOptions};
-use diskmill::{Format, Kind, parse_size};
+use diskmill::{Format, parse_size};
 
 use crate::args::{CacheMode, OpenArgs, ProgressArgs};
 use crate::exit::{Exit, Failure};
-use crate::progress::Progress;
-use crate::signals::Watch;
+use crate::job;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -63,16 +60,6 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Exit, Failure> {
         keep_overlay: args.drop,
     };
     let commit = Commit::open(&args.file, &options)?;
-    let monitor = Arc::new(Monitor::new());
-    let watch = Watch::start(&monitor, false)?;
-    let progress = Progress::start(&args.progress, false, &monitor);
-    let result = commit.run(&monitor);
-    progress.finish(result.is_ok());
-    result.map_err(|error| match watch.received() {
-        Some(signal) if error.kind() == Kind::Cancelled => {
-            Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) }
-        }
-        _ => error.into(),
-    })?;
+    job::run(&args.progress, false, |_| Exit::Failed, |monitor| commit.run(monitor))?;
     Ok(Exit::Done)
 }

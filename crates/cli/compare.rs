@@ -2,18 +2,15 @@
 
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::Arc;
 
 use diskmill::compare::{CompareOptions, Comparison, compare};
-use diskmill::convert::Monitor;
-use diskmill::{Error, Format, Image, Kind, OpenOptions};
+use diskmill::{Error, Format, Image, OpenOptions};
 use serde_json::json;
 
 use crate::args::{CacheMode, CompareArgs, OutputForm};
 use crate::exit::{Exit, Failure};
+use crate::job;
 use crate::json::qemu_style;
-use crate::progress::Progress;
-use crate::signals::Watch;
 
 /// qemu-img speaks of the sector in which the first difference is.
 const SECTOR: u64 = 512;
@@ -22,21 +19,8 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Exit, Failure> {
     let a = open(args, &args.a, args.a_format)?;
     let b = open(args, &args.b, args.b_format)?;
     let json = args.output == OutputForm::Json;
-    let monitor = Arc::new(Monitor::new());
-    let watch = Watch::start(&monitor, false)?;
-    let progress = Progress::start(&args.progress, json, &monitor);
     let options = CompareOptions { strict: args.strict, threads: args.threads };
-    let result = compare(&a, &b, &options, &monitor);
-    progress.finish(result.is_ok());
-    let result = result.map_err(|error| match watch.received() {
-        Some(signal) if error.kind() == Kind::Cancelled => {
-            Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) }
-        }
-        _ => {
-            let exit = exit_for(&error);
-            Failure::from(error).or_exit(exit)
-        }
-    })?;
+    let result = job::run(&args.progress, json, exit_for, |monitor| compare(&a, &b, &options, monitor))?;
     let sizes = (a.size(), b.size());
     if json {
         writeln!(io::stdout(), "{}", qemu_style(&report(result, sizes)))?;

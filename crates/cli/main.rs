@@ -15,6 +15,7 @@ mod exit;
 mod fs;
 mod info;
 mod install;
+mod job;
 mod json;
 mod map;
 mod measure;

@@ -1,17 +1,14 @@
 //! `diskmill rebase`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::Args;
-use diskmill::convert::Monitor;
+use diskmill::Format;
 use diskmill::edit::{Rebase, RebaseMode};
-use diskmill::{Format, Kind};
 
 use crate::args::{CacheMode, OpenArgs, ProgressArgs};
 use crate::exit::{Exit, Failure};
-use crate::progress::Progress;
-use crate::signals::Watch;
+use crate::job;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -75,16 +72,6 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Exit, Failure> {
     if let Some(name) = backing {
         rebase.onto(name, args.backing_format)?;
     }
-    let monitor = Arc::new(Monitor::new());
-    let watch = Watch::start(&monitor, false)?;
-    let progress = Progress::start(&args.progress, false, &monitor);
-    let result = rebase.run(&monitor);
-    progress.finish(result.is_ok());
-    result.map_err(|error| match watch.received() {
-        Some(signal) if error.kind() == Kind::Cancelled => {
-            Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) }
-        }
-        _ => error.into(),
-    })?;
+    job::run(&args.progress, false, |_| Exit::Failed, |monitor| rebase.run(monitor))?;
     Ok(Exit::Done)
 }

@@ -10,7 +10,7 @@ use super::getopt::Args;
 use super::node::Context;
 use super::{Fail, Outcome, cache_mode, output_form};
 use crate::args::OutputForm;
-use crate::check::as_json;
+use crate::check::{add_statistics, as_json};
 use crate::json::qemu_style;
 
 /// Exit code for formats that have no check.
@@ -91,20 +91,6 @@ fn human(report: &Report) -> String {
     if check_errors > 0 {
         let _ = write!(out, "\n{check_errors} internal errors have occurred during the check.\n");
     }
-    if report.total_clusters > 0 && report.allocated_clusters > 0 {
-        let share = |part: u64, all: u64| part as f64 * 100.0 / all as f64;
-        let _ = writeln!(
-            out,
-            "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
-            report.allocated_clusters,
-            report.total_clusters,
-            share(report.allocated_clusters, report.total_clusters),
-            share(report.fragmented_clusters, report.allocated_clusters),
-            share(report.compressed_clusters, report.allocated_clusters),
-        );
-    }
-    if report.image_end_offset > 0 {
-        let _ = writeln!(out, "Image end offset: {}", report.image_end_offset);
-    }
+    add_statistics(&mut out, report);
     out
 }

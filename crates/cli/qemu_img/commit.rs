@@ -2,18 +2,14 @@
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use diskmill::convert::Monitor;
 use diskmill::edit::{Commit, CommitOptions};
 use diskmill::{Kind, OpenOptions};
 
 use super::getopt::Args;
 use super::node::Context;
 use super::size::size;
-use super::{Fail, Outcome, cache_mode, messages, progress};
-use crate::progress::Progress;
-use crate::signals::Watch;
+use super::{Fail, Outcome, cache_mode, messages, watched};
 
 pub(super) fn run(args: Args) -> Outcome {
     if let Some(text) = args.text("rate") {
@@ -32,11 +28,7 @@ pub(super) fn run(args: Args) -> Outcome {
         Kind::Invalid if error.path().is_none() => Fail::new(error.to_string()),
         _ => node.cannot_open(&error),
     })?;
-    let monitor = Arc::new(Monitor::new());
-    let _watch = Watch::start(&monitor, true)?;
-    let progress = Progress::start(&progress(&args), false, &monitor);
-    let result = commit.run(&monitor);
-    progress.finish(result.is_ok());
+    let result = watched(&args, |monitor| commit.run(monitor))?;
     result.map_err(|error| Fail::new(messages::while_working(&error)))?;
     if !args.has("quiet") {
         writeln!(stdout(), "Image committed.")?;

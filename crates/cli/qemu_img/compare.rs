@@ -2,18 +2,14 @@
 
 use std::ffi::OsStr;
 use std::io::{Write, stdout};
-use std::sync::Arc;
 
 use diskmill::compare::{CompareOptions, Comparison, compare};
-use diskmill::convert::Monitor;
 use diskmill::{Image, Kind};
 
 use super::getopt::Args;
 use super::node::Context;
-use super::{Fail, Outcome, cache_mode, messages, progress};
+use super::{Fail, Outcome, cache_mode, messages, watched};
 use crate::compare::{exit_for, text};
-use crate::progress::Progress;
-use crate::signals::Watch;
 
 /// Exit code for an image that cannot be opened.
 const CANNOT_OPEN: u8 = 2;
@@ -30,11 +26,8 @@ pub(super) fn run(args: Args) -> Outcome {
     context.format = args.text("b-format");
     let b = open(&context, other).map_err(cannot)?;
 
-    let monitor = Arc::new(Monitor::new());
-    let _watch = Watch::start(&monitor, true)?;
-    let progress = Progress::start(&progress(&args), false, &monitor);
-    let result = compare(&a, &b, &CompareOptions { strict: args.has("strict"), threads: None }, &monitor);
-    progress.finish(result.is_ok());
+    let options = CompareOptions { strict: args.has("strict"), threads: None };
+    let result = watched(&args, |monitor| compare(&a, &b, &options, monitor))?;
     let result = result.map_err(|error| {
         let at = error.path().map_or(one.to_string_lossy(), |path| path.to_string_lossy());
         let message = match error.kind() {

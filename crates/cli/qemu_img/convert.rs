@@ -4,9 +4,8 @@ use std::ffi::OsStr;
 use std::io::{Write, stdout};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 
-use diskmill::convert::{BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output};
+use diskmill::convert::{BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Output};
 use diskmill::{Allow, Kind, OpenOptions, OpenPolicy};
 
 use super::drivers::Driver;
@@ -16,11 +15,9 @@ use super::object::Secrets;
 use super::opts::{Dict, join};
 use super::size::{number, size};
 use super::target::target_format;
-use super::{Fail, Outcome, cache_mode, messages, progress, report};
+use super::{Fail, Outcome, cache_mode, messages, report, watched};
 use crate::args::{CacheMode, snapshot_ref};
 use crate::options::asks_for_help;
-use crate::progress::Progress;
-use crate::signals::Watch;
 
 /// The largest `-S`.
 const MAX_SPARSE: u64 = 16 << 20;
@@ -151,16 +148,9 @@ impl Request {
             )));
         }
         let quiet = args.has("quiet");
-        let monitor = Arc::new(Monitor::new());
-        let _watch = Watch::start(&monitor, true)?;
-        let progress = Progress::start(&progress(args), false, &monitor);
-        let result = diskmill::convert::convert(
-            Input::Images(&images),
-            Output::Path(path.clone()),
-            &options,
-            &monitor,
-        );
-        progress.finish(result.is_ok());
+        let result = watched(args, |monitor| {
+            diskmill::convert::convert(Input::Images(&images), Output::Path(path.clone()), &options, monitor)
+        })?;
         let summary = result.map_err(|error| failure(&error, &nodes, target, &path, &options))?;
         if !quiet {
             summary.bad_ranges.iter().for_each(warn);

@@ -32,9 +32,14 @@ mod target;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+
+use diskmill::convert::Monitor;
 
 use crate::args::{CacheMode, OutputForm, ProgressArgs};
 use crate::exit::Failure;
+use crate::progress::Progress;
+use crate::signals::Watch;
 use getopt::Args;
 
 /// The release of QEMU whose command lines and texts are followed.
@@ -176,7 +181,16 @@ fn cache_mode(args: &Args, option: &str, what: &str) -> Outcome<Option<CacheMode
     args.text(option).map(mode).transpose()
 }
 
-/// `-p` and `-q`.
-fn progress(args: &Args) -> ProgressArgs {
-    ProgressArgs::of_qemu_img(args.has("progress"), args.has("quiet"))
+/// Does work that takes long: `-p` and `-q` say whether its progress is shown, and a signal ends the program at once.
+fn watched<T>(
+    args: &Args,
+    work: impl FnOnce(&Monitor) -> Result<T, diskmill::Error>,
+) -> Outcome<Result<T, diskmill::Error>> {
+    let monitor = Arc::new(Monitor::new());
+    let _watch = Watch::start(&monitor, true)?;
+    let progress = ProgressArgs::of_qemu_img(args.has("progress"), args.has("quiet"));
+    let progress = Progress::start(&progress, false, &monitor);
+    let result = work(&monitor);
+    progress.finish(result.is_ok());
+    Ok(result)
 }

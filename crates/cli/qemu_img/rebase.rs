@@ -1,17 +1,12 @@
 //! `qemu-img rebase`.
 
-use std::sync::Arc;
-
 use diskmill::Kind;
-use diskmill::convert::Monitor;
 use diskmill::edit::{Rebase, RebaseMode};
 
 use super::getopt::Args;
 use super::node::{Context, format_named};
-use super::{Fail, Outcome, cache_mode, messages, progress};
+use super::{Fail, Outcome, cache_mode, messages, watched};
 use crate::names::resolved;
-use crate::progress::Progress;
-use crate::signals::Watch;
 
 pub(super) fn run(args: Args) -> Outcome {
     let context = Context::of(&args, "format")?;
@@ -59,11 +54,7 @@ pub(super) fn run(args: Args) -> Outcome {
             return Err(cannot_change("backing format must be specified"));
         }
     }
-    let monitor = Arc::new(Monitor::new());
-    let _watch = Watch::start(&monitor, true)?;
-    let progress = Progress::start(&progress(&args), false, &monitor);
-    let result = rebase.run(&monitor);
-    progress.finish(result.is_ok());
+    let result = watched(&args, |monitor| rebase.run(monitor))?;
     result.map_err(|error| match error.kind() {
         Kind::Invalid => cannot_change("Invalid argument"),
         Kind::Limit => cannot_change("No space left on device"),
