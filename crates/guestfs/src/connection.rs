@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -21,6 +22,9 @@ const CHUNK: usize = 256 << 10;
 const PIPE_SIZE: usize = 1 << 20;
 /// How often it is asked whether the work goes on where nothing is to be seen.
 const TICK: Duration = Duration::from_millis(250);
+/// How long a socket may be there that nobody listens at yet: guestfish binds it a moment before.
+const LISTEN_LIMIT: Duration = Duration::from_millis(500);
+const LISTEN_STEP: Duration = Duration::from_millis(2);
 
 /// Takes output as it comes.
 pub(crate) type Sink<'a> = dyn FnMut(&[u8]) -> io::Result<()> + 'a;
@@ -122,9 +126,17 @@ pub(crate) struct Connection {
 impl Connection {
     /// Connects to the server's socket and says hello.
     pub(crate) fn open(path: &Path, version: &str) -> Result<Self> {
-        let socket = UnixStream::connect(path)
-            .map_err(|e| Error::io(format!("cannot reach guestfish at {}", path.display()), e))?;
-        Self::over(socket, version)
+        let until = Instant::now() + LISTEN_LIMIT;
+        let socket = loop {
+            match UnixStream::connect(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < until => {
+                    thread::sleep(LISTEN_STEP);
+                }
+                other => break other,
+            }
+        };
+        let lost = |e| Error::io(format!("cannot reach guestfish at {}", path.display()), e);
+        Self::over(socket.map_err(lost)?, version)
     }
 
     /// Hands over the output pipe and says hello: one byte that carries the descriptor, then the version.
