@@ -66,7 +66,7 @@ pub struct OpenOptions {
 }
 
 /// A file that an image consists of.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ImageFile {
     /// Where its bytes are.
     pub storage: SharedStorage,
@@ -146,17 +146,19 @@ impl Image {
     /// # Errors
     /// Any [`Kind`](crate::Kind) but `Cancelled`; the message names the file that is the trouble.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
-        Opener::new(options, None, Depth::Whole).open(path.as_ref()).map(|(image, _)| image)
+        Self::open_part(path.as_ref(), None, options, Depth::Whole).map(|(image, _)| image)
     }
 
     /// Opens the image and as much of its chain as `depth` says. What lies below shows as nothing: zeros that are not
-    /// [`present`](Extent::present). Also returns the backing file that was left out, if there is one.
+    /// [`present`](Extent::present). Also returns the backing file that was left out, if there is one. Where files are
+    /// `given`, there are no others, see [`from_storages`](Self::from_storages).
     pub(crate) fn open_part(
         path: &Path,
+        given: Option<&[ImageFile]>,
         options: &OpenOptions,
         depth: Depth,
     ) -> Result<(Self, Option<Base>)> {
-        Opener::new(options, None, depth).open(path)
+        Opener::new(options, given, depth).open(path)
     }
 
     /// Opens an image in `storage`, which the caller made; `path` only stands in messages. It may name no other file.
@@ -178,9 +180,8 @@ impl Image {
     /// # Errors
     /// As [`Image::open`]; [`Kind::Denied`](crate::Kind::Denied) for a name that is not among them.
     pub fn from_storages(files: &[ImageFile], options: &OpenOptions) -> Result<Self> {
-        let Some(first) = files.first() else { return Err(Error::invalid("an image without a file")) };
-        let options = OpenOptions { policy: OpenPolicy::default(), ..options.clone() };
-        Opener::new(&options, Some(files), Depth::Whole).open(&first.path).map(|(image, _)| image)
+        let (path, options) = given(files, options)?;
+        Self::open_part(path, Some(files), &options, Depth::Whole).map(|(image, _)| image)
     }
 
     /// A disk of `size` zero bytes, made of nothing.
@@ -408,6 +409,13 @@ impl Image {
         }
         Ok(true)
     }
+}
+
+/// The path of the image that `files` are, and the options to open it with: no policy is asked about files that the
+/// caller gave.
+pub(crate) fn given<'f>(files: &'f [ImageFile], options: &OpenOptions) -> Result<(&'f Path, OpenOptions)> {
+    let first = files.first().ok_or_else(|| Error::invalid("an image without a file"))?;
+    Ok((&first.path, OpenOptions { policy: OpenPolicy::default(), ..options.clone() }))
 }
 
 pub(crate) fn find_snapshot<'s>(snapshots: &'s [Snapshot], wanted: &SnapshotRef) -> Result<&'s Snapshot> {

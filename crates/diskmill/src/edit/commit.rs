@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{Preallocation, ZeroHow};
 use crate::convert::Monitor;
 use crate::error::{Error, Kind, Result};
-use crate::image::{Depth, Image, OpenOptions};
+use crate::image::{Depth, Image, ImageFile, OpenOptions, given};
 use crate::layout::Source;
 use crate::parallel::in_parallel;
 use crate::probe::{Format, PROBE_BYTES};
@@ -57,17 +57,27 @@ impl Commit {
     /// As [`Image::open`]; [`Kind::Invalid`] if there is no backing file, or none of this name;
     /// [`Kind::Unsupported`] for a base that cannot be written to.
     pub fn open(path: impl AsRef<Path>, options: &CommitOptions) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_in(path.as_ref(), None, options)
+    }
+
+    /// The same of an overlay whose chain is in `files`, which the caller made, as for [`Image::from_storages`]:
+    /// the overlay is the first of them.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`Image::from_storages`].
+    pub fn from_storages(files: &[ImageFile], options: &CommitOptions) -> Result<Self> {
+        let (path, open) = given(files, &options.open)?;
+        Self::open_in(path, Some(files), &CommitOptions { open, ..options.clone() })
+    }
+
+    fn open_in(path: &Path, files: Option<&[ImageFile]>, options: &CommitOptions) -> Result<Self> {
         let depth = match &options.base {
-            None => Depth::AboveNext,
-            Some(base) => Depth::Above(candidates(path, base)),
+            None => Depth::ToCommit,
+            Some(base) => Depth::Above(candidates(path, base, files.is_some())),
         };
-        let look =
-            OpenOptions { metadata_only: true, force_share: true, writable: false, ..options.open.clone() };
-        let is_qcow2 = Image::open(path, &look)?.info().format == Format::Qcow2;
-        let empty = !options.keep_overlay && options.base.is_none() && is_qcow2;
-        let open = OpenOptions { writable: empty, snapshot: None, ..options.open.clone() };
-        let (overlay, base) = Image::open_part(path, &open, depth)?;
+        let writable = !options.keep_overlay && options.base.is_none();
+        let open = OpenOptions { writable, snapshot: None, ..options.open.clone() };
+        let (overlay, base) = Image::open_part(path, files, &open, depth)?;
         let base = base.ok_or_else(|| match &options.base {
             Some(base) if overlay.info().backing_name.is_some() => Error::invalid(format!(
                 "Did not find '{}' in the backing chain of '{}'",
@@ -77,7 +87,8 @@ impl Commit {
             _ => Error::invalid("Image does not have a backing file"),
         })?;
         let probed = !base.has_format();
-        let base = base.open(&OpenOptions { writable: true, ..open })?;
+        let base = base.open(files, &OpenOptions { writable: true, ..open })?;
+        let empty = overlay.writer().is_some();
         Ok(Self { overlay, base, empty, probed })
     }
 
@@ -104,14 +115,11 @@ impl Commit {
     }
 }
 
-/// The canonical paths that `base` may mean.
-fn candidates(overlay: &Path, base: &Path) -> Vec<PathBuf> {
+/// The paths that `base` may mean: canonical ones, unless the files are `given`.
+fn candidates(overlay: &Path, base: &Path, given: bool) -> Vec<PathBuf> {
     let beside = overlay.parent().map(|dir| dir.join(base));
-    [Some(base.to_owned()), beside]
-        .into_iter()
-        .flatten()
-        .filter_map(|path| path.canonicalize().ok())
-        .collect()
+    let place = |path: PathBuf| if given { Some(path) } else { path.canonicalize().ok() };
+    [Some(base.to_owned()), beside].into_iter().flatten().filter_map(place).collect()
 }
 
 /// A guest that writes the header of another format to its first sectors must not have its raw base taken for that.

@@ -8,7 +8,7 @@ use diskmill_codec::is_zero;
 use super::ZeroHow;
 use crate::convert::Monitor;
 use crate::error::{Error, Result};
-use crate::image::{Depth, Image, OpenOptions, resolve};
+use crate::image::{Depth, Image, ImageFile, OpenOptions, given, resolve};
 use crate::layout::{Extent, FormatInfo, LayerSource, Source};
 use crate::parallel::in_parallel;
 use crate::probe::Format;
@@ -46,9 +46,11 @@ pub enum RebaseMode {
 /// ```
 pub struct Rebase {
     image: Image,
-    /// The image's files: canonical paths.
+    /// Where the image's files are, see [`places`].
     files: Vec<PathBuf>,
     path: PathBuf,
+    /// All files that there are, if the caller gave storages instead of a path.
+    given: Option<Vec<ImageFile>>,
     options: OpenOptions,
     mode: RebaseMode,
     /// Name and format, as the image will have them.
@@ -64,21 +66,39 @@ impl Rebase {
     /// # Errors
     /// As [`Image::open`]; [`Kind::Unsupported`](crate::Kind::Unsupported) for formats other than qcow2.
     pub fn open(path: impl Into<PathBuf>, options: &OpenOptions, mode: RebaseMode) -> Result<Self> {
-        let path = path.into();
+        Self::open_in(path.into(), None, options, mode)
+    }
+
+    /// The same of an image whose chain, the new one included, is in `files`, which the caller made, as for
+    /// [`Image::from_storages`]: the image is the first of them.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`Image::from_storages`].
+    pub fn from_storages(files: &[ImageFile], options: &OpenOptions, mode: RebaseMode) -> Result<Self> {
+        let (path, options) = given(files, options)?;
+        Self::open_in(path.to_owned(), Some(files.to_vec()), &options, mode)
+    }
+
+    fn open_in(
+        path: PathBuf,
+        given: Option<Vec<ImageFile>>,
+        options: &OpenOptions,
+        mode: RebaseMode,
+    ) -> Result<Self> {
         let options = OpenOptions { writable: true, snapshot: None, ..options.clone() };
         let depth = match mode {
             RebaseMode::Safe => Depth::ToRebase,
             RebaseMode::Unsafe => Depth::Alone,
         };
-        let (image, _) = Image::open_part(&path, &options, depth)?;
+        let (image, _) = Image::open_part(&path, given.as_deref(), &options, depth)?;
         let format = image.info().format;
         if format != Format::Qcow2 {
             return Err(
                 Error::unsupported(format!("changing the backing file of a {format} image")).of(&path)
             );
         }
-        let files = canonical(&image);
-        Ok(Self { image, files, path, options, mode, backing: None, new: None })
+        let files = places(&image, given.is_some());
+        Ok(Self { image, files, path, given, options, mode, backing: None, new: None })
     }
 
     /// Names the new backing file as the image will: relative to the image's folder. Without a format the one that the
@@ -96,9 +116,13 @@ impl Rebase {
             (RebaseMode::Safe, format) => {
                 let path = resolve(name.as_bytes(), &self.path, "backing file")?;
                 let options = OpenOptions { format, writable: false, ..self.options.clone() };
-                let new = Image::open(path, &options)?;
+                let (new, _) = Image::open_part(&path, self.given.as_deref(), &options, Depth::Whole)?;
                 let format = new.info().format;
-                let files = canonical(&new);
+                let files = places(&new, self.given.is_some());
+                // On a file system its lock has said so already.
+                if self.files.first().is_some_and(|own| files.contains(own)) {
+                    return Err(Error::invalid(format!("{name:?} stands on the image itself")));
+                }
                 self.new = Some((new, files));
                 format
             }
@@ -214,10 +238,11 @@ impl Rebase {
     }
 }
 
-/// The canonical paths of an image's files.
-fn canonical(image: &Image) -> Vec<PathBuf> {
-    let path = |file: &crate::ImageFile| file.path.canonicalize().unwrap_or_else(|_| file.path.clone());
-    image.files().iter().map(path).collect()
+/// The paths of an image's files: canonical ones, unless the files were `given`.
+fn places(image: &Image, given: bool) -> Vec<PathBuf> {
+    let real = |path: &PathBuf| path.canonicalize().ok().filter(|_| !given);
+    let place = |file: &ImageFile| real(&file.path).unwrap_or_else(|| file.path.clone());
+    image.files().iter().map(place).collect()
 }
 
 /// A source with the path of its file, by which it can be told among those of other images.

@@ -44,8 +44,9 @@ pub(crate) enum Depth {
     ToRebase,
     /// Only the image itself; its backing file need not be there.
     Alone,
-    /// What stands above the image's own backing file.
-    AboveNext,
+    /// What stands above the image's own backing file, which is to get what the image has. Only qcow2 images are emptied
+    /// then, so that no other has a writer.
+    ToCommit,
     /// What stands above one of these files, if the chain has one.
     Above(Vec<PathBuf>),
 }
@@ -63,12 +64,13 @@ impl Base {
         self.next.format.is_some()
     }
 
-    /// Opens it with its own backing chain, under the policy of the chain that it belongs to.
+    /// Opens it with its own backing chain, under the policy of the chain that it belongs to; `given` as for
+    /// [`Image::open_part`].
     ///
     /// # Errors
     /// As [`Image::open`].
-    pub(crate) fn open(self, options: &OpenOptions) -> Result<Image> {
-        let mut opener = Opener::new(options, None, Depth::Whole);
+    pub(crate) fn open(self, given: Option<&[ImageFile]>, options: &OpenOptions) -> Result<Image> {
+        let mut opener = Opener::new(options, given, Depth::Whole);
         opener.named = true;
         opener.chain(self.next, self.root).map(|(image, _)| image)
     }
@@ -156,7 +158,7 @@ impl<'a> Opener<'a> {
     fn ends_above(&self, next: &Next) -> bool {
         match &self.depth {
             Depth::Whole | Depth::ToRebase => false,
-            Depth::Alone | Depth::AboveNext => true,
+            Depth::Alone | Depth::ToCommit => true,
             Depth::Above(paths) => paths.contains(&next.path),
         }
     }
@@ -254,7 +256,7 @@ impl<'a> Opener<'a> {
             }
         };
         let id = self.file_id(&storage, &path);
-        let writable = self.writable();
+        let writable = self.writable() && (format == Format::Qcow2 || self.depth != Depth::ToCommit);
         let part = self.options.metadata_only || self.options.no_backing;
         if writable && (snapshot.is_some() || part) {
             return Err(Error::invalid("a snapshot, or a part of an image, cannot be written to"));
