@@ -84,6 +84,46 @@ fn wrong_usage_exits_with_2() {
 }
 
 #[test]
+fn what_may_be_a_mistake_is_told_and_what_helps_with_damage() {
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    diskmill().cmd(["create", "-f", "qcow2", &path("a.qcow2"), "1M"]).ok();
+
+    // The name tells of qcow2, and raw is what is written without -O.
+    let warned = diskmill().cmd(["convert", &path("a.qcow2"), &path("b.qcow2")]).ok().err();
+    assert!(warned.contains("becomes a raw image") && warned.contains("-O qcow2"), "{warned}");
+    for quiet in [&["-O", "raw"][..], &["-q"]] {
+        let said =
+            diskmill().cmd(["convert"]).args(quiet).args([path("a.qcow2"), path("b.qcow2")]).ok().err();
+        assert_eq!(said, "", "{quiet:?}");
+    }
+
+    std::fs::OpenOptions::new().write(true).open(path("a.qcow2")).unwrap().set_len(70_000).unwrap();
+    let failed = diskmill().cmd(["convert", &path("a.qcow2"), &path("c.raw")]).fails(1).err();
+    assert!(
+        failed.contains("truncated") && failed.contains("hint: ") && failed.contains("--salvage"),
+        "{failed}"
+    );
+    // No colours where no terminal is.
+    assert!(!failed.contains('\x1b'), "{failed:?}");
+}
+
+#[test]
+fn command_lines_of_qemu_img_without_a_link() {
+    let dir = scratch();
+    let (input, output) = (dir.path().join("in.raw"), dir.path().join("out.raw"));
+    std::fs::write(&input, fill(Pattern::Random, 1, 1 << 20)).unwrap();
+    let operands = [format!("if={}", input.display()), format!("of={}", output.display())];
+    diskmill().cmd(["qemu-img", "dd", "bs=64k", "skip=2", "count=5"]).args(operands).ok();
+    let want = &std::fs::read(&input).unwrap()[128 << 10..320 << 10];
+    assert_eq!(std::fs::read(&output).unwrap(), want);
+    let help = diskmill().cmd(["qemu-img", "--help"]).ok().out();
+    assert!(help.starts_with("qemu-img version "), "{help}");
+    let wrong = diskmill().cmd(["qemu-img", "frobnicate"]).fails(1).err();
+    assert!(wrong.starts_with("qemu-img: Command not found: frobnicate"), "{wrong}");
+}
+
+#[test]
 fn formats_that_do_not_exist_are_named() {
     let dir = scratch();
     let dir = dir.path();

@@ -72,6 +72,13 @@ pub(crate) enum Command {
     Session(Deferred<crate::session::SessionArgs>),
     /// Tell what file-system commands need of this machine, and what it lacks
     Doctor(Deferred<crate::doctor::DoctorArgs>),
+    /// Take a command line of qemu-img's, `dd` and `bench` among them, and print what qemu-img prints
+    #[command(disable_help_flag = true)]
+    QemuImg {
+        /// A command of qemu-img's, and what belongs to it
+        #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+        line: Vec<OsString>,
+    },
     /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
     InstallQemuImg(Deferred<InstallArgs>),
     /// Started by file-system commands: ends their appliance whatever becomes of them
@@ -115,9 +122,9 @@ pub(crate) struct ConvertArgs {
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) source_format: Option<Format>,
 
-    /// Format of the target: raw, qcow2, vmdk or ova
-    #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = TargetFormat::named)]
-    pub(crate) target_format: TargetFormat,
+    /// Format of the target: raw, qcow2, vmdk or ova [default: raw]
+    #[arg(short = 'O', long, value_name = "FMT", value_parser = TargetFormat::named)]
+    pub(crate) target_format: Option<TargetFormat>,
 
     /// Options of the target: NAME=VALUE, several with commas, `,,` for a comma in a value; `help` lists them
     #[arg(short = 'o', long, visible_alias = "target-options", value_name = "LIST")]

@@ -1,7 +1,7 @@
 //! `diskmill check`, with qemu-img's JSON and exit codes.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io::Write as _;
 
 use diskmill::check::{CheckOptions, Finding, Repair, Report, Verdict, check};
 use diskmill::{Format, Kind, OpenOptions};
@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{CheckArgs, OutputForm, RepairWhat};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
+use crate::say::{BAD, GOOD, NOTE};
 
 /// Findings that are listed unless all are asked for.
 const SHOWN: u64 = 20;
@@ -47,7 +48,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
         OutputForm::Human if args.quiet => String::new(),
         OutputForm::Human => human(&report, options.repair),
     };
-    io::stdout().write_all(text.as_bytes())?;
+    anstream::stdout().write_all(text.as_bytes())?;
     Ok(match report.exit_code() {
         0 => Exit::Done,
         2 => Exit::Corrupt,
@@ -93,16 +94,19 @@ fn human(report: &Report, repair: Repair) -> String {
             writeln!(out, "Repaired: {leaks_fixed} leaked clusters, {corruptions_fixed} corruptions. Now:");
     }
     if corruptions == 0 && leaks == 0 && check_errors == 0 {
-        out.push_str("No errors were found on the image.\n");
+        let _ = writeln!(out, "{GOOD}No errors were found on the image.{GOOD:#}");
     }
     if corruptions > 0 {
         let _ = writeln!(
             out,
-            "{corruptions} errors were found on the image: data may be corrupted, or further writes may corrupt it."
+            "{BAD}{corruptions} errors were found on the image{BAD:#}: data may be corrupted, or further writes may corrupt it."
         );
     }
     if leaks > 0 {
-        let _ = writeln!(out, "{leaks} leaked clusters were found: a waste of space, but no harm to data.");
+        let _ = writeln!(
+            out,
+            "{NOTE}{leaks} leaked clusters were found{NOTE:#}: a waste of space, but no harm to data."
+        );
     }
     if report.leaks_kept > 0 {
         out.push_str("They were kept, because a damaged table may still refer to them.\n");

@@ -1,21 +1,23 @@
 //! `diskmill convert`.
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill::convert::{
-    BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output, Reflink, Summary,
-    TargetFormat,
+    BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output, RawOptions, Reflink,
+    Summary, TargetFormat,
 };
 use diskmill::vmdk::VmdkStream;
-use diskmill::{Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
+use diskmill::{Error, Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
 use serde_json::json;
 
 use crate::args::{CacheMode, ConvertArgs, snapshot_ref};
 use crate::exit::{Exit, Failure};
 use crate::options;
 use crate::progress::Progress;
+use crate::say;
 use crate::signals::Watch;
 use crate::verify::verify;
 
@@ -24,7 +26,7 @@ const LISTED_RANGES: usize = 20;
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
     if args.options.iter().any(|list| options::asks_for_help(list)) {
-        io::stdout().write_all(options::help(&args.target_format).as_bytes())?;
+        io::stdout().write_all(options::help(&target_format(args)).as_bytes())?;
         return Ok(Exit::Done);
     }
     let Some((target, sources)) = args.files.split_last().filter(|(_, sources)| !sources.is_empty()) else {
@@ -44,6 +46,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
         return Err(Failure::usage(format!("Cannot enable copy offloading when {other} is used")));
     }
     let convert = convert_options(args)?;
+    warn_of_name(args, target);
     let output = if to_stdout {
         Output::Stream(PipeWriter::stdout().map_err(|error| stream_failure("output", &error))?)
     } else {
@@ -74,19 +77,19 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
     progress.finish(result.is_ok());
     if !args.progress.quiet {
         for warning in images.iter().flat_map(Image::warnings) {
-            eprintln!("diskmill: warning: {warning}");
+            say::warning(warning);
         }
     }
     let summary = result.map_err(|error| match watch.received() {
         Some(signal) if error.kind() == Kind::Cancelled => interrupted(signal, args, target),
-        _ => error.into(),
+        _ => with_hint(error),
     })?;
 
     if !summary.bad_ranges.is_empty() {
         list_bad_ranges(&summary.bad_ranges);
     }
     for name in &summary.skipped_bitmaps {
-        eprintln!("diskmill: warning: bitmap {name:?} was not saved: it is left out");
+        say::warning(format_args!("bitmap {name:?} was not saved: it is left out"));
     }
     if args.json {
         writeln!(io::stdout(), "{}", report(&summary, sources, target))?;
@@ -98,13 +101,36 @@ fn is_stream(path: &Path) -> bool {
     path == Path::new("-")
 }
 
+/// The failure, with what helps with a damaged source.
+fn with_hint(error: Error) -> Failure {
+    let damaged = error.kind() == Kind::Corrupt;
+    let failure = Failure::from(error);
+    if !damaged {
+        return failure;
+    }
+    failure.hinting("`diskmill check` lists the damage; `convert --salvage` copies what can be read, and zeros for the rest")
+}
+
+fn target_format(args: &ConvertArgs) -> TargetFormat {
+    args.target_format.clone().unwrap_or(TargetFormat::Raw(RawOptions::default()))
+}
+
+/// Warns who has named no format when the target's name tells of one: raw is written, as by qemu-img.
+fn warn_of_name(args: &ConvertArgs, target: &Path) {
+    let ending = target.extension().and_then(OsStr::to_str).unwrap_or_default();
+    let telling = matches!(ending, "qcow2" | "vmdk" | "ova");
+    if telling && args.target_format.is_none() && !args.no_create && !args.progress.quiet {
+        say::warning(format_args!("{target:?} becomes a raw image; -O {ending} makes it what its name says"));
+    }
+}
+
 fn stream_failure(what: &str, error: &io::Error) -> Failure {
     Failure::failed(format!("cannot use standard {what}: {error}"))
 }
 
 fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
     let cache = |is: fn(CacheMode) -> bool| args.target_cache.is_some_and(is);
-    let mut format: TargetFormat = args.target_format.clone();
+    let mut format = target_format(args);
     for list in &args.options {
         options::apply(&mut format, list)?;
     }
@@ -200,7 +226,7 @@ fn interrupted(signal: i32, args: &ConvertArgs, target: &Path) -> Failure {
     } else {
         "nothing was written under the final name".to_owned()
     };
-    Failure { exit: Exit::Signal(signal), message: Some(format!("interrupted; {state}")) }
+    Failure::signal(signal, format!("interrupted; {state}"))
 }
 
 fn list_bad_ranges(ranges: &[BadRange]) {

@@ -60,20 +60,31 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// An end with an error: the code, and the text for standard error if there is one.
+/// An end with an error: the code, the text for standard error if there is one, and what may help.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) exit: Exit,
     pub(crate) message: Option<String>,
+    pub(crate) hint: Option<&'static str>,
 }
 
 impl Failure {
     pub(crate) fn failed(message: impl Into<String>) -> Self {
-        Self { exit: Exit::Failed, message: Some(message.into()) }
+        Self { exit: Exit::Failed, message: Some(message.into()), hint: None }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
-        Self { exit: Exit::Usage, message: Some(message.into()) }
+        Self { exit: Exit::Usage, message: Some(message.into()), hint: None }
+    }
+
+    /// Ended by `signal`.
+    pub(crate) fn signal(signal: i32, message: impl Into<String>) -> Self {
+        Self { exit: Exit::Signal(signal), message: Some(message.into()), hint: None }
+    }
+
+    /// The same failure, with what may help.
+    pub(crate) fn hinting(self, hint: &'static str) -> Self {
+        Self { hint: Some(hint), ..self }
     }
 
     /// The same failure, said of `what`.
@@ -91,7 +102,7 @@ impl Failure {
 }
 
 /// The reader of our output has gone: no error worth a word.
-const BROKEN_PIPE: Failure = Failure { exit: Exit::Signal(SIGPIPE), message: None };
+const BROKEN_PIPE: Failure = Failure { exit: Exit::Signal(SIGPIPE), message: None, hint: None };
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {

@@ -17,6 +17,7 @@ use crate::args::{InfoArgs, OutputForm};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
 use crate::names::{chain_names, resolved, shown};
+use crate::say;
 use crate::size::human_size;
 use crate::snapshots;
 use crate::verify::verify;
@@ -30,7 +31,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
     let text = describe(&image, &args.file, args.backing_chain, args.output)?;
     io::stdout().write_all(text.as_bytes())?;
     for warning in image.warnings() {
-        eprintln!("diskmill: warning: {warning}");
+        say::warning(warning);
     }
     Ok(Exit::Done)
 }

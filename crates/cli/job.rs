@@ -24,9 +24,7 @@ pub(crate) fn run<T>(
     let result = work(&monitor);
     progress.finish(result.is_ok());
     result.map_err(|error| match watch.received() {
-        Some(signal) if error.kind() == Kind::Cancelled => {
-            Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) }
-        }
+        Some(signal) if error.kind() == Kind::Cancelled => Failure::signal(signal, "interrupted"),
         _ => {
             let exit = exit(&error);
             Failure::from(error).or_exit(exit)

@@ -25,6 +25,7 @@ mod progress;
 mod qemu_img;
 mod rebase;
 mod resize;
+mod say;
 mod secrets;
 mod serve;
 mod session;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         Command::GuestfsCompanion(args) => fs::drive::companion(&args),
         Command::GuestfsKeeper => return diskmill_guestfs::keeper_main(),
         Command::InstallQemuImg(args) => install::run(&args),
+        Command::QemuImg { line } => return qemu_img::main(line),
         Command::Commit(args) => commit::run(&args),
         Command::Measure(args) => measure::run(&args),
         Command::Rebase(args) => rebase::run(&args),
@@ -68,9 +70,7 @@ fn main() -> ExitCode {
         Command::Snapshot(args) => snapshot::run(&args),
     };
     let exit = outcome.unwrap_or_else(|failure| {
-        if let Some(message) = &failure.message {
-            eprintln!("diskmill: {message}");
-        }
+        say::failure(&failure);
         failure.exit
     });
     exit.into()

@@ -15,6 +15,7 @@ use crate::args::{OpenArgs, snapshot_ref};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
 use crate::names::shown;
+use crate::say;
 use crate::signals::Watch;
 
 const EXAMPLES: &str = "\
@@ -119,7 +120,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let image = Image::open(&args.file, &options)?;
     if !args.quiet {
         for warning in image.warnings() {
-            eprintln!("diskmill: warning: {}", shown(&warning));
+            say::warning(shown(&warning));
         }
     }
     let address = match (&args.unix, args.port) {

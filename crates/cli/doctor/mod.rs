@@ -98,7 +98,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Failure> {
         let check = look(topic, &machine, args);
         if !args.json {
             // At once: some take their time.
-            io::stdout().write_all(check.text().as_bytes())?;
+            anstream::stdout().write_all(check.text().as_bytes())?;
         }
         checks.push(check);
     }

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::say;
+
 /// What is looked at, in the order in which it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -69,14 +71,14 @@ impl Check {
         Self { check, status: Status::Problem, found: found.into(), remedy: Some(remedy.into()) }
     }
 
-    /// The finding over lines: what it is, and below that the remedy.
+    /// The finding over lines, in colours: what it is, and below that the remedy.
     pub(crate) fn text(&self) -> String {
-        let word = match self.status {
-            Status::Ok => "ok",
-            Status::Note => "note",
-            Status::Problem => "PROBLEM",
+        let (style, word) = match self.status {
+            Status::Ok => (say::GOOD, "ok"),
+            Status::Note => (say::NOTE, "note"),
+            Status::Problem => (say::BAD, "PROBLEM"),
         };
-        let mut out = format!("{word:<8} {:<10} {}\n", self.check.name(), self.found);
+        let mut out = format!("{style}{word:<8}{style:#} {:<10} {}\n", self.check.name(), self.found);
         if let Some(remedy) = &self.remedy {
             // Writing to a string does not fail.
             let _ = writeln!(out, "{:20}-> {remedy}", "");
@@ -102,7 +104,8 @@ mod tests {
     #[test]
     fn a_finding_says_what_and_what_to_do() {
         let check = Check::problem(Topic::IoUring, "it is not there", "bring it");
-        assert_eq!(check.text(), "PROBLEM  io-uring   it is not there\n                    -> bring it\n");
+        let plain = anstream::adapter::strip_str(&check.text()).to_string();
+        assert_eq!(plain, "PROBLEM  io-uring   it is not there\n                    -> bring it\n");
         let json = serde_json::to_value(&check).unwrap();
         assert_eq!((&json["check"], &json["status"]), (&"io-uring".into(), &"problem".into()));
         assert!(serde_json::to_value(Check::ok(Topic::Kvm, "x")).unwrap().get("remedy").is_none());

@@ -22,6 +22,7 @@ use super::guest::Access;
 use super::kept;
 use crate::args::OpenArgs;
 use crate::exit::{Exit, Failure};
+use crate::say;
 
 /// The hidden subcommand that serves an image to an appliance which outlives the program.
 const COMPANION: &str = "guestfs-companion";
@@ -59,7 +60,7 @@ impl Drive {
         }
         let image = Image::open(file, &args.open.options(args.format))?;
         for warning in image.warnings().iter().filter(|_| !args.quiet) {
-            eprintln!("diskmill: warning: {warning}");
+            say::warning(warning);
         }
         match access {
             Access::Write if qemu_writes(&image) => Self::direct(image, file),

@@ -116,9 +116,7 @@ impl Tool {
         let mut child = self.process.spawn().map_err(|error| not_started(self.name, &error))?;
         let status = wait(&mut child).map_err(|error| Failure::failed(format!("{}: {error}", self.name)))?;
         match watch::received() {
-            Some(signal) => {
-                Err(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) })
-            }
+            Some(signal) => Err(Failure::signal(signal, "interrupted")),
             None => Ok(status),
         }
     }

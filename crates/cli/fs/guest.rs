@@ -19,7 +19,7 @@ use super::reply::{Record, lines, null_ended, pairs, texts};
 use super::settings::settings;
 use super::watch::{self, Watch};
 use super::{args::FileType, keys};
-use crate::exit::{Exit, Failure};
+use crate::exit::Failure;
 use crate::names;
 
 /// Names for one lstatnslist: guestfs limits a message to 4 MiB, and each answer takes some 600 bytes.
@@ -590,11 +590,11 @@ pub(crate) fn failure(error: &Error) -> Failure {
     if let Some(check) = check.filter(|_| !message.contains("`diskmill doctor")) {
         message.push_str(&format!("; `diskmill {check}` tells what this machine lacks"));
     }
-    Failure { exit: Exit::Failed, message: Some(message) }
+    Failure::failed(message)
 }
 
 /// The program's end for a session that a signal cancelled.
 pub(crate) fn cancelled(error: &Error) -> Option<Failure> {
     let signal = watch::received().filter(|_| error.kind() == Kind::Cancelled)?;
-    Some(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) })
+    Some(Failure::signal(signal, "interrupted"))
 }

@@ -17,7 +17,7 @@ use super::args::ImageArgs;
 use super::drive::run_folder;
 use super::guest::{Access, failure};
 use super::watch;
-use crate::exit::{Exit, Failure};
+use crate::exit::Failure;
 use crate::names;
 
 /// How often it is looked whether another program has started the session that we want, too.
@@ -191,7 +191,7 @@ pub(crate) fn starting(file: &Path, limit: Duration) -> Result<File, Failure> {
             Err(error) => return Err(failed(error.into())),
         }
         if let Some(signal) = watch::received() {
-            return Err(Failure { exit: Exit::Signal(signal), message: Some("interrupted".to_owned()) });
+            return Err(Failure::signal(signal, "interrupted"));
         }
         if Instant::now() > end {
             return Err(Failure::failed(
