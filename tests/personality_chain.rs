@@ -231,6 +231,36 @@ fn rebase_leaves_the_same() {
     }
 }
 
+/// Whether a run of data that the image has itself is compressed.
+fn packed(run: &serde_json::Value) -> Option<u64> {
+    (run["depth"] == 0 && run["data"] == true).then(|| u64::from(run["compressed"] == true))
+}
+
+#[test]
+fn rebase_compresses_the_same() {
+    let Some(template) = template(|oracle| {
+        to_rebase(oracle);
+        oracle.create_over("zstd.qcow2", "compression_type=zstd", 4 << 20, ("a.qcow2", "qcow2"));
+        oracle.create_over("one.qcow2", "refcount_bits=1", 4 << 20, ("a.qcow2", "qcow2"));
+    }) else {
+        return;
+    };
+    for image in ["t.qcow2", "deep.qcow2", "wide.qcow2", "short.qcow2", "zstd.qcow2", "one.qcow2", "v2.qcow2"]
+    {
+        for line in ["rebase -c --backing= ", "rebase -c -b b.qcow2 -F qcow2 "] {
+            same_change(&format!("{line}{image}"), image, &template);
+        }
+    }
+    // Without a backing file nobody has zeros to write.
+    for image in ["t.qcow2", "zstd.qcow2", "one.qcow2"] {
+        let pair = pair_of(&template);
+        pair.same(&format!("rebase -p -c --backing= {image}"));
+        let maps = [&pair.theirs, &pair.ours].map(|dir| places(&pair.oracle.at(dir.path()), image, packed));
+        assert_eq!(maps[0], maps[1], "{image}");
+        assert!(maps[1].iter().any(|(_, packed)| *packed == Some(1)), "{image}");
+    }
+}
+
 #[test]
 fn mistakes_of_rebase_are_told_the_same() {
     let Some(pair) = Pair::new(to_rebase) else { return };

@@ -14,6 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   diskmill rebase -b new-base.qcow2 overlay.qcow2     the disk stays the same: what differs is copied into the overlay
   diskmill rebase --flatten overlay.qcow2             the overlay needs no backing file any more
+  diskmill rebase --flatten -c overlay.qcow2          the same, and what is copied is compressed
   diskmill rebase -u -b ../moved/base.qcow2 -F qcow2 overlay.qcow2";
 
 const CODES: &str = "\
@@ -44,6 +45,10 @@ pub(crate) struct RebaseArgs {
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
 
+    /// Compress what is copied into the image
+    #[arg(short = 'c', long, conflicts_with = "backing_unsafe")]
+    compress: bool,
+
     /// qemu-img's cache mode for the image: accepted and ignored
     #[arg(short = 't', long = "cache", value_name = "CACHE")]
     _cache: Option<CacheMode>,
@@ -69,6 +74,9 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Exit, Failure> {
         return Err(Failure::usage("-u needs the format of the backing file (-F), which is not looked at"));
     }
     let mut rebase = Rebase::open(&args.file, &args.open.options(args.format), mode)?;
+    if args.compress {
+        rebase.compress()?;
+    }
     if let Some(name) = backing {
         rebase.onto(name, args.backing_format)?;
     }

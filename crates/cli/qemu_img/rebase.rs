@@ -30,9 +30,6 @@ pub(super) fn run(args: Args) -> Outcome {
         let name = backing.as_deref().unwrap_or_default();
         Fail::new(format!("Could not change the backing file to '{name}': {reason}"))
     };
-    if args.has("compress") && !unchecked {
-        return Err(Fail::new("rebase -c is not supported: what is copied is not compressed"));
-    }
     let mode = if unchecked { RebaseMode::Unsafe } else { RebaseMode::Safe };
     let mut rebase = Rebase::open(&node.path, &node.options(), mode).map_err(|error| match error.kind() {
         Kind::Unsupported if error.structure().is_none() && node.path.exists() => {
@@ -40,6 +37,9 @@ pub(super) fn run(args: Args) -> Outcome {
         }
         _ => node.cannot_open(&error),
     })?;
+    if args.has("compress") && !unchecked {
+        rebase.compress().map_err(|error| Fail::new(format!("Error while writing to COW image: {error}")))?;
+    }
     if let Some(name) = &backing {
         // qemu-img finds that out after it has copied everything.
         if unchecked && format.is_none() {

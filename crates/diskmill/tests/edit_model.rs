@@ -150,7 +150,14 @@ fn options() -> OpenOptions {
 
 fn act(image: &Image, step: &Step) {
     match step.op {
-        Op::Write(_) | Op::Compressed(_) => image.write_at(&step.bytes(), step.start).unwrap(),
+        Op::Write(_) => image.write_at(&step.bytes(), step.start).unwrap(),
+        Op::Compressed(_) => match image.write_compressed(&step.bytes(), step.start) {
+            // Not whole clusters, or an image that cannot have packed ones.
+            Err(error) if matches!(error.kind(), diskmill::Kind::Invalid | diskmill::Kind::Unsupported) => {
+                image.write_at(&step.bytes(), step.start).unwrap();
+            }
+            done => done.unwrap(),
+        },
         Op::Zero { unmap: false } => {
             image.write_zeroes(step.start, step.len, ZeroHow::KeepAllocated).unwrap();
         }

@@ -63,6 +63,10 @@ pub(crate) trait Writer: Send + Sync {
     /// Keeps others from moving the guest bytes of `range` while they are read.
     fn lock(&self, range: Range<u64>) -> RangeGuard<'_>;
     fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()>;
+    /// Writes whole clusters packed.
+    fn write_packed(&self, _image: &Image, _buf: &[u8], _at: u64) -> Result<()> {
+        Err(Error::unsupported("compressed writes into an image of this format"))
+    }
     fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()>;
     fn discard(&self, image: &Image, range: Range<u64>) -> Result<()>;
     fn flush(&self) -> Result<()>;
@@ -97,6 +101,20 @@ impl Image {
     pub fn write_at(&self, buf: &[u8], at: u64) -> Result<()> {
         match self.writer_for(at, buf.len() as u64)? {
             Some((writer, _)) => self.named(writer.write(self, buf, at)),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`write_at`](Self::write_at), but the clusters of a qcow2 image that `buf` fills become compressed ones, with
+    /// the codec that the image names. A cluster that would not become smaller is stored as it is.
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at); [`Kind::Invalid`] unless the range is whole clusters (the end of the disk may cut
+    /// the last one); [`Kind::Unsupported`] for other formats, and for images that are encrypted or have an external
+    /// data file.
+    pub fn write_compressed(&self, buf: &[u8], at: u64) -> Result<()> {
+        match self.writer_for(at, buf.len() as u64)? {
+            Some((writer, _)) => self.named(writer.write_packed(self, buf, at)),
             None => Ok(()),
         }
     }

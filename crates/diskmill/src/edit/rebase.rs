@@ -53,6 +53,8 @@ pub struct Rebase {
     given: Option<Vec<ImageFile>>,
     options: OpenOptions,
     mode: RebaseMode,
+    /// What is copied is compressed.
+    compress: bool,
     /// Name and format, as the image will have them.
     backing: Option<(String, Format)>,
     /// The new backing file with its chain and their files, unless the mode is unsafe.
@@ -98,7 +100,16 @@ impl Rebase {
             );
         }
         let files = places(&image, given.is_some());
-        Ok(Self { image, files, path, given, options, mode, backing: None, new: None })
+        Ok(Self { image, files, path, given, options, mode, compress: false, backing: None, new: None })
+    }
+
+    /// Has what is copied become compressed clusters, see [`Image::write_compressed`].
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`](crate::Kind::Unsupported) for an image that cannot have them.
+    pub fn compress(&mut self) -> Result<()> {
+        self.compress = true;
+        self.image.edit_qcow2("clusters", |writer| writer.takes_packed())
     }
 
     /// Names the new backing file as the image will: relative to the image's folder. Without a format the one that the
@@ -153,7 +164,8 @@ impl Rebase {
     fn copy(&self, monitor: &Monitor) -> Result<()> {
         let FormatInfo::Qcow2(info) = &self.image.info().specific else { return Ok(()) };
         let header = &info.area.header;
-        let unit = header.geometry.subcluster_size();
+        let geometry = header.geometry;
+        let unit = if self.compress { geometry.cluster_size() } else { geometry.subcluster_size() };
         let zeros_need_data = header.version < 3;
         monitor.start(self.image.size());
         let mut at = 0;
@@ -178,6 +190,8 @@ impl Rebase {
                     let bytes = was.get(run).unwrap_or_default();
                     if zero && !zeros_need_data {
                         self.image.write_zeroes(guest, bytes.len() as u64, ZeroHow::MayUnmap)?;
+                    } else if self.compress {
+                        self.image.write_compressed(bytes, guest)?;
                     } else {
                         self.image.write_at(bytes, guest)?;
                     }

@@ -3,11 +3,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use diskmill_codec::{Codec, is_zero};
 use diskmill_format::qcow2::{
-    Cluster, CompressedRef, CompressionType, Geometry, L1Entry, L2Codec, SUBCLUSTERS, Snapshot, feature,
+    Cluster, CompressedRef, Geometry, L1Entry, L2Codec, SUBCLUSTERS, Snapshot, feature,
 };
 use diskmill_format::{GuestOffset, HostOffset};
 
-use super::{Qcow2Info, lossy};
+use super::{Qcow2Info, codec_of, lossy};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
 use crate::probe::Format;
@@ -91,10 +91,7 @@ impl Qcow2Layout {
         Ok(Self {
             geometry,
             entries: L2Codec::new(geometry, header.version, header.has(feature::DATA_FILE)),
-            codec: match header.compression {
-                CompressionType::Zlib => Codec::Deflate,
-                CompressionType::Zstd => Codec::Zstd,
-            },
+            codec: codec_of(header.compression),
             l1_offset,
             tables: files.tables,
             data: files.data.unwrap_or_else(|| files.image.clone()),

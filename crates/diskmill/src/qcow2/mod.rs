@@ -16,6 +16,7 @@ pub(crate) use options::parse_bool;
 pub use options::{Compat, Preallocation, Qcow2Options};
 pub use preallocated::is_metadata_preallocated;
 
+use diskmill_codec::Codec;
 pub use diskmill_format::qcow2::{Bitmap, CompressionType, CryptMethod, HeaderArea, Snapshot, feature};
 use diskmill_format::qcow2::{Header, parse_bitmaps, parse_snapshots};
 use diskmill_format::{HostOffset, Limits};
@@ -23,6 +24,14 @@ use diskmill_io::Storage;
 
 use crate::error::{Error, Kind, Result};
 use crate::reader::{read_exact, read_full};
+
+/// The codec of clusters that are packed as a header says.
+pub(crate) const fn codec_of(compression: CompressionType) -> Codec {
+    match compression {
+        CompressionType::Zlib => Codec::Deflate,
+        CompressionType::Zstd => Codec::Zstd,
+    }
+}
 
 /// Facts that only qcow2 images have.
 #[derive(Debug, Clone)]

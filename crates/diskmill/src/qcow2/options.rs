@@ -4,7 +4,7 @@ use diskmill_codec::Codec;
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CompressionType, Geometry, RefcountWidth};
 
-use super::LuksOptions;
+use super::{LuksOptions, codec_of};
 use crate::error::{Error, Result};
 use crate::size::parse_size;
 
@@ -202,10 +202,7 @@ impl Qcow2Options {
 
     /// The codec of packed clusters.
     pub(crate) const fn codec(&self) -> Codec {
-        match self.compression {
-            CompressionType::Zlib => Codec::Deflate,
-            CompressionType::Zstd => Codec::Zstd,
-        }
+        codec_of(self.compression)
     }
 
     /// Bytes in a cluster.

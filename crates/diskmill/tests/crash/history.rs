@@ -42,7 +42,14 @@ impl Act {
 
 pub(crate) fn write(image: &Image, step: &Step) -> Result<(), Error> {
     match step.op {
-        Op::Write(_) | Op::Compressed(_) => image.write_at(&step.bytes(), step.start),
+        Op::Write(_) => image.write_at(&step.bytes(), step.start),
+        Op::Compressed(_) => match image.write_compressed(&step.bytes(), step.start) {
+            // Not whole clusters, or an image that cannot have packed ones.
+            Err(error) if matches!(error.kind(), diskmill::Kind::Invalid | diskmill::Kind::Unsupported) => {
+                image.write_at(&step.bytes(), step.start)
+            }
+            done => done,
+        },
         Op::Zero { unmap: false } => image.write_zeroes(step.start, step.len, ZeroHow::KeepAllocated),
         Op::Zero { unmap: true } => image.write_zeroes(step.start, step.len, ZeroHow::MayUnmap),
         Op::Discard => image.discard(step.start, step.len),

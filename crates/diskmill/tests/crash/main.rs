@@ -107,13 +107,12 @@ impl Kind {
         } else {
             q.create(IMAGE, &options, self.size);
         }
-        let packed = !self.data_file() && !self.options.contains("preallocation");
         if self.full > 0 {
             let step = Step { op: Op::Write(Pattern::Random), start: 0, len: self.full, seed };
             q.write(IMAGE, "qcow2", &[step]);
             model.apply(&step);
         }
-        let mut filled = steps(seed ^ 2, self.size, self.cluster, self.filled, packed);
+        let mut filled = steps(seed ^ 2, self.size, self.cluster, self.filled, self.packs());
         legalise(&mut filled, self.size, self.cluster);
         // QEMU refuses some compressed writes after others.
         for step in filled {
@@ -122,6 +121,11 @@ impl Kind {
             }
         }
         Some((dir, q, model))
+    }
+
+    /// Whether it can have packed clusters.
+    fn packs(&self) -> bool {
+        !self.data_file() && !self.options.contains("preallocation")
     }
 
     /// The model of a disk that holds `bytes`.
@@ -139,7 +143,9 @@ impl Kind {
         let mut names: Vec<(String, u64)> = Vec::new();
         let mut size = self.size;
         for _ in 0..self.steps {
-            acts.extend(steps(rng.next_u64(), size, self.cluster, 1, false).into_iter().map(Act::Step));
+            acts.extend(
+                steps(rng.next_u64(), size, self.cluster, 1, self.packs()).into_iter().map(Act::Step),
+            );
             match rng.below(12) {
                 0..=2 => acts.push(Act::Flush),
                 3 if self.snapshots => {

@@ -205,29 +205,37 @@ impl L2Codec {
     }
 
     /// Makes entry `index` of `table` say `cluster`; with a host cluster, `copied` tells whether its refcount is 1.
-    /// Returns whether the entry exists and can say that: a compressed cluster has a descriptor of its own
-    /// ([`encode_compressed`](Self::encode_compressed)), version 2 has no zero clusters, and only extended entries have
-    /// subclusters.
+    /// Returns whether the entry exists and can say that: a payload may lie too far behind for its descriptor, version 2
+    /// has no zero clusters, and only extended entries have subclusters.
     pub fn set(&self, table: &mut [u8], index: usize, cluster: Cluster, copied: bool) -> bool {
         let extended = self.geometry.extended_l2();
-        let (host, allocated, zero) = match cluster {
-            Cluster::Unallocated => (None, 0, 0),
+        let standard = |host: HostOffset| host.get() | if copied { COPIED } else { 0 };
+        let (first, allocated, zero) = match cluster {
+            Cluster::Unallocated => (0, 0, 0),
             Cluster::Zero(_) if self.version < 3 => return false,
-            Cluster::Zero(host) => (host, 0, u32::MAX),
-            Cluster::Standard(host) => (Some(host), u32::MAX, 0),
-            Cluster::Subclusters { host, allocated, zero } if extended => (host, allocated, zero),
-            Cluster::Subclusters { .. } | Cluster::Compressed(_) => return false,
+            Cluster::Zero(host) => (host.map_or(0, standard), 0, u32::MAX),
+            Cluster::Standard(host) => (standard(host), u32::MAX, 0),
+            Cluster::Subclusters { host, allocated, zero } if extended => {
+                (host.map_or(0, standard), allocated, zero)
+            }
+            Cluster::Subclusters { .. } => return false,
+            Cluster::Compressed(CompressedRef { host, len }) => {
+                let Some(descriptor) = self.encode_compressed(host, len) else { return false };
+                (descriptor, 0, 0)
+            }
         };
         let size = self.geometry.l2_entry_size();
         let bytes = index.checked_mul(size).and_then(|start| table.get_mut(start..)?.get_mut(..size));
         let Some(bytes) = bytes else { return false };
-        let mut first = host.map_or(0, |host| host.get() | if copied { COPIED } else { 0 });
-        if extended {
+        let marked = if extended {
             BigEndian::write_u64(&mut bytes[8..], Self::encode_bitmap(allocated, zero));
+            0
         } else if zero != 0 {
-            first |= ZERO;
-        }
-        BigEndian::write_u64(bytes, first);
+            ZERO
+        } else {
+            0
+        };
+        BigEndian::write_u64(bytes, first | marked);
         true
     }
 

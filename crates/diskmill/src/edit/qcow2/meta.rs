@@ -47,6 +47,8 @@ pub(crate) struct Meta {
     pub(super) fresh: HashSet<u64>,
     /// References to be given up once the entries that held them are gone from the file: cluster number and how many.
     pub(super) lowers: BTreeMap<u64, u64>,
+    /// Host offset behind the last packed payload, if its cluster has room for more.
+    pub(super) packed_tail: Option<u64>,
     /// No cluster before this one is free.
     pub(super) hint: u64,
     /// Clusters from here on were never used: the file has zeros there, or ends before.
@@ -92,6 +94,7 @@ impl Meta {
             new_blocks: Vec::new(),
             fresh: HashSet::new(),
             lowers: BTreeMap::new(),
+            packed_tail: None,
             hint: 0,
             virgin,
             grown: false,
@@ -298,6 +301,7 @@ impl Meta {
         self.new_blocks.clear();
         self.fresh.clear();
         self.lowers.clear();
+        self.packed_tail = None;
         self.hint = 0;
         let mut cluster = vec![0; self.cluster_size() as usize];
         let got = crate::reader::read_full(&**self.disk.storage(), &mut cluster, 0)?;

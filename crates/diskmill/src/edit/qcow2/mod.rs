@@ -7,6 +7,7 @@ mod cache;
 mod extension;
 mod guest;
 mod meta;
+mod packed;
 mod recorder;
 mod refcounts;
 mod resize;
@@ -160,6 +161,11 @@ impl Writer for Arc<Qcow2Writer> {
     fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
         self.recorder.record(&self.disk, &(at..at.saturating_add(buf.len() as u64)))?;
         self.write_guest(image, buf, at)
+    }
+
+    fn write_packed(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+        self.recorder.record(&self.disk, &(at..at.saturating_add(buf.len() as u64)))?;
+        self.write_packed_guest(image, buf, at)
     }
 
     fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {

@@ -94,6 +94,7 @@ impl Meta {
         let host = cluster << self.geometry.cluster_bits();
         self.cache.forget_cluster(host, self.cluster_size(), self.slice_size());
         self.fresh.remove(&host);
+        self.packed_tail = self.packed_tail.filter(|tail| tail >> self.geometry.cluster_bits() != cluster);
     }
 
     /// Gives up one reference to the cluster at `host`, when the next commit has made durable that nobody uses it.
