@@ -39,8 +39,10 @@ fn qemu_reads_what_we_encrypt() {
     let run = diskmill(dir.path());
     std::fs::write(dir.path().join("plain"), disk(3, SIZE)).unwrap();
     std::fs::write(dir.path().join("key"), "correct horse\n").unwrap();
-    for variant in VARIANTS.into_iter().chain([",preallocation=full"]) {
-        let options = format!("encrypt.format=luks,encrypt.iter-time=5{variant}");
+    let luks = VARIANTS.into_iter().chain([",preallocation=full"]);
+    let luks = luks.map(|variant| format!("encrypt.format=luks,encrypt.iter-time=5{variant}"));
+    let aes = ["", ",cluster_size=512,compat=0.10", ",extended_l2=on", ",data_file=outside.data"];
+    for options in luks.chain(aes.map(|variant| format!("encrypt.format=aes{variant}"))) {
         run(&["convert", "-O", "qcow2", "--target-key-file", "key", "-o", &options, "plain", "ours"]).ok();
         qemu.img(["check", "-q", "--object", SECRET, "--image-opts", &opts("ours")]).ok();
         qemu.img([
@@ -54,7 +56,7 @@ fn qemu_reads_what_we_encrypt() {
         .ok();
         run(&["compare", "--key-file", "key", "ours", "plain"]).ok();
         let ours = qemu.img(["info", "--output=json", "ours"]).ok().out();
-        assert_eq!(run(&["info", "--output=json", "ours"]).ok().out(), ours, "{variant}");
+        assert_eq!(run(&["info", "--output=json", "ours"]).ok().out(), ours, "{options}");
     }
 }
 
@@ -128,7 +130,9 @@ fn without_its_passphrase_an_image_is_not_read() {
     run(&["convert", "-c", "-O", "qcow2", "--target-key-file", "key", "-o", luks, "plain", "out"])
         .fails(1)
         .says(&["compression and encryption"]);
-    run(&["convert", "-O", "qcow2", "-o", "encryption=on", "plain", "out"]).fails(1).says(&["legacy AES"]);
+    run(&["convert", "-O", "qcow2", "-o", "encryption=on", "plain", "out"])
+        .fails(2)
+        .says(&["--target-key-file"]);
 }
 
 #[test]

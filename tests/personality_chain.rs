@@ -245,16 +245,22 @@ fn rebase_compresses_the_same() {
     }) else {
         return;
     };
-    for image in ["t.qcow2", "deep.qcow2", "wide.qcow2", "short.qcow2", "zstd.qcow2", "one.qcow2", "v2.qcow2"]
-    {
+    for image in ["t.qcow2", "deep.qcow2", "short.qcow2", "zstd.qcow2", "one.qcow2", "v2.qcow2"] {
         for line in ["rebase -c --backing= ", "rebase -c -b b.qcow2 -F qcow2 "] {
             same_change(&format!("{line}{image}"), image, &template);
         }
     }
+    // QEMU 10.0 fails an assertion where subclusters are the image's own.
+    let pair = pair_of(&template);
+    let ours = pair.oracle.at(pair.ours.path());
+    ours.img(["convert", "-O", "raw", "wide.qcow2", "want.raw"]).ok();
+    Cmd::new(&pair.program).args(["rebase", "-c", "--backing=", "wide.qcow2"]).dir(pair.ours.path()).ok();
+    ours.identical(("qcow2", "wide.qcow2"), ("raw", "want.raw"));
+    ours.check_clean("wide.qcow2");
     // Without a backing file nobody has zeros to write.
     for image in ["t.qcow2", "zstd.qcow2", "one.qcow2"] {
         let pair = pair_of(&template);
-        pair.same(&format!("rebase -p -c --backing= {image}"));
+        pair.same(&format!("rebase -q -c --backing= {image}"));
         let maps = [&pair.theirs, &pair.ours].map(|dir| places(&pair.oracle.at(dir.path()), image, packed));
         assert_eq!(maps[0], maps[1], "{image}");
         assert!(maps[1].iter().any(|(_, packed)| *packed == Some(1)), "{image}");

@@ -141,14 +141,14 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         format.set("backing_fmt", backing_format.name())?;
     }
     if let TargetFormat::Qcow2(qcow2) = &mut format
-        && let Some(luks) = &mut qcow2.encryption
+        && let Some(encryption) = &mut qcow2.encryption
     {
         let named = |id: &String| args.open.secret(id).ok_or_else(|| no_secret(id));
-        luks.key = match &args.target_key_file {
+        encryption.key = match &args.target_key_file {
             Some(key) => Some(key.clone()),
-            None => luks.key_secret.as_ref().map(named).transpose()?,
+            None => encryption.key_secret.as_ref().map(named).transpose()?,
         };
-        if luks.key.is_none() {
+        if encryption.key.is_none() {
             return Err(Failure::usage(
                 "encryption needs --target-key-file, or --object and encrypt.key-secret",
             ));

@@ -57,7 +57,10 @@ const QCOW2: &[(&str, &str)] = &[
     ("compression_type", "zlib (default) or zstd, for -c and for what QEMU compresses later"),
     ("backing_file", "the image that this one is an overlay of (also -B)"),
     ("backing_fmt", "its format (also -F)"),
-    ("encrypt.format", "luks: encrypt guest data; the key is random, so no two outputs are the same"),
+    (
+        "encrypt.format",
+        "luks: the key is random, so no two outputs are the same; aes: weak, for old tools only",
+    ),
     ("encrypt.key-secret", "id of the --object that holds the passphrase, unless --target-key-file gives it"),
     ("encrypt.cipher-alg", "aes-256 (default), serpent-256, twofish-256, and 128 or 192"),
     ("encrypt.cipher-mode", "xts (default) or cbc"),

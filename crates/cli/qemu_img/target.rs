@@ -31,10 +31,11 @@ pub(super) fn target_format(driver: Driver, dict: &Dict, secrets: &Secrets) -> R
         format.set(name, value).map_err(|error| error.to_string())?;
     }
     if let TargetFormat::Qcow2(qcow2) = &mut format
-        && let Some(luks) = &mut qcow2.encryption
+        && let Some(encryption) = &mut qcow2.encryption
     {
-        let id = luks.key_secret.as_ref().ok_or("Parameter 'encrypt.key-secret' is required for cipher")?;
-        luks.key = Some(secrets.get(id)?);
+        let id = encryption.key_secret.as_ref();
+        let id = id.ok_or("Parameter 'encrypt.key-secret' is required for cipher")?;
+        encryption.key = Some(secrets.get(id)?);
     }
     // QEMU's VMDKs have an IDE adapter unless the user says otherwise.
     if let (TargetFormat::Vmdk(vmdk), None) = (&mut format, dict.get("adapter_type")) {
@@ -58,6 +59,7 @@ fn check_qcow2(dict: &Dict) -> Result<(), String> {
     let on = |name: &str| dict.get(name) == Some("on");
     let old = matches!(dict.get("compat"), Some("0.10" | "v2"));
     let newer = "compatibility level 1.1 and above (use version=v3 or greater)";
+    check_encryption(dict)?;
     check_geometry(dict)?;
     if on("extended_l2") && old {
         return Err(format!("Extended L2 entries are only supported with {newer}"));
@@ -94,6 +96,32 @@ fn check_qcow2(dict: &Dict) -> Result<(), String> {
             .to_owned());
     }
     check_backing_format(dict)
+}
+
+fn check_encryption(dict: &Dict) -> Result<(), String> {
+    let format = match (dict.get("encryption"), dict.get("encrypt.format")) {
+        (Some("on"), Some(_)) => {
+            return Err(
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time".to_owned()
+            );
+        }
+        (Some("on"), None) => "aes",
+        (_, Some(format)) => format,
+        (_, None) => match dict.names().any(|name| name.starts_with("encrypt.")) {
+            true => return Err("Parameter 'encrypt.format' is missing".to_owned()),
+            false => return Ok(()),
+        },
+    };
+    if !matches!(format, "aes" | "luks") {
+        return Err(format!("Parameter 'format' does not accept value '{format}'"));
+    }
+    let of_luks = |name: &&str| {
+        name.starts_with("encrypt.") && !matches!(*name, "encrypt.format" | "encrypt.key-secret")
+    };
+    match dict.names().find(of_luks) {
+        Some(name) if format == "aes" => Err(format!("Parameter '{name}' is unexpected")),
+        _ => Ok(()),
+    }
 }
 
 /// The size of clusters, which depends on the kind of L2 entries.

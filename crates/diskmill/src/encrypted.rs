@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use diskmill_crypt::{
     Algorithm, CipherSpec, CryptError, HEADER_BYTES, Header, IvGenerator, Mode, SECTOR, Secret, SectorCipher,
@@ -225,25 +225,50 @@ pub(crate) struct LegacyAesLayout {
     decrypted: FileId,
 }
 
-/// The plain clusters of an image with legacy AES encryption, by guest offset. Read-only.
+/// The plain clusters of an image with legacy AES encryption, by guest offset. Read-only: guest writes need the tables.
 pub(crate) struct LegacyAesStorage {
-    encrypted: Arc<Qcow2Layout>,
+    /// The image as it is now.
+    encrypted: RwLock<Option<Arc<Qcow2Layout>>>,
     file: SharedStorage,
-    cipher: SectorCipher,
+    cipher: Arc<SectorCipher>,
 }
 
-impl LegacyAesLayout {
-    /// The image `encrypted`, whose clusters stand in `file`, as it reads through the storage that `register` gives a
-    /// file id.
+/// How the clusters of an image with legacy AES encryption are read.
+#[derive(Clone)]
+pub(crate) struct LegacyAes {
+    storage: Arc<LegacyAesStorage>,
+    id: FileId,
+}
+
+impl LegacyAes {
+    /// For an image whose clusters stand in `file`; `register` gives the storage that decrypts them a file id.
     pub(crate) fn new(
-        encrypted: Qcow2Layout,
         file: SharedStorage,
         cipher: SectorCipher,
         register: impl FnOnce(SharedStorage) -> FileId,
     ) -> Self {
+        let storage =
+            Arc::new(LegacyAesStorage { encrypted: RwLock::default(), file, cipher: Arc::new(cipher) });
+        Self { id: register(Arc::clone(&storage) as SharedStorage), storage }
+    }
+
+    pub(crate) fn cipher(&self) -> &Arc<SectorCipher> {
+        &self.storage.cipher
+    }
+
+    /// The image `encrypted` as it reads. An earlier one is given up.
+    pub(crate) fn decrypt(&self, encrypted: Qcow2Layout) -> LegacyAesLayout {
         let encrypted = Arc::new(encrypted);
-        let storage = LegacyAesStorage { encrypted: Arc::clone(&encrypted), file, cipher };
-        Self { encrypted, decrypted: register(Arc::new(storage)) }
+        let mut held = self.storage.encrypted.write().unwrap_or_else(PoisonError::into_inner);
+        *held = Some(Arc::clone(&encrypted));
+        LegacyAesLayout { encrypted, decrypted: self.id }
+    }
+}
+
+impl LegacyAesStorage {
+    fn layout(&self) -> io::Result<Arc<Qcow2Layout>> {
+        let held = self.encrypted.read().unwrap_or_else(PoisonError::into_inner);
+        held.clone().ok_or_else(|| io::Error::other("the image is not open"))
     }
 }
 
@@ -272,14 +297,14 @@ impl std::fmt::Debug for LegacyAesStorage {
 }
 
 fn read_only<T>() -> io::Result<T> {
-    Err(io::Error::new(io::ErrorKind::Unsupported, "legacy AES encryption is only read"))
+    Err(io::Error::new(io::ErrorKind::Unsupported, "legacy AES encryption needs guest writes"))
 }
 
 impl Storage for LegacyAesStorage {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        let encrypted = self.layout()?;
         read_sectors(buf, at, &self.cipher, |part, at| {
-            let run = self
-                .encrypted
+            let run = encrypted
                 .map(GuestOffset(at), part.len() as u64)
                 .map_err(|MapError { error, .. }| io::Error::other(error.to_string()))?;
             let LayerSource::Data(Source::Raw { at: host, .. }) = run.source else { return Ok(0) };
@@ -293,7 +318,7 @@ impl Storage for LegacyAesStorage {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.encrypted.info().virtual_size)
+        Ok(self.layout()?.info().virtual_size)
     }
 
     fn set_len(&self, _len: u64) -> io::Result<()> {

@@ -73,7 +73,7 @@ fn qcow2(disk: Disk<'_>, size: u64, options: &Qcow2Options) -> Result<Measured> 
     }
     // Below 2^61 because of the limit above, so that the sums that follow cannot overflow.
     let data = size.next_multiple_of(cluster_size);
-    let luks = options.encryption.as_ref().map_or(0, |luks| luks.header_bytes());
+    let luks = options.encryption.as_ref().map_or(0, |options| options.header_bytes());
     let all = luks.next_multiple_of(cluster_size) + file_size(data, geometry, width);
     let reserved = matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
     let used = match disk {

@@ -111,3 +111,12 @@ fn encrypted_subclusters() {
 fn an_encrypted_data_file() {
     in_turn(&[("data_file", "data.raw")], 64 << 10);
 }
+
+#[test]
+fn legacy_aes() {
+    let aes = ("encrypt.format", "aes");
+    in_turn(&[aes], 64 << 10);
+    in_turn(&[aes, ("cluster_size", "512"), ("compat", "0.10")], 512);
+    in_turn(&[aes, ("cluster_size", "32k"), ("extended_l2", "on")], 32 << 10);
+    in_turn(&[aes, ("data_file", "data.raw")], 64 << 10);
+}

@@ -21,7 +21,7 @@ use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
 use crate::probe::Format;
-use crate::qcow2::{Bitmap, Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::qcow2::{Bitmap, Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::reserve::Reserve;
 use crate::vmdk::VmdkOptions;
 
@@ -39,8 +39,7 @@ pub(super) struct Target {
     reserve: Reserve,
     /// The disk's size is at least this: that of the image that is being filled.
     least_size: u64,
-    /// What guest data is encrypted with, and the LUKS header that keeps its key.
-    encryption: Option<(Arc<SectorCipher>, Vec<u8>)>,
+    encryption: Option<Encryption>,
     /// Held until the output has its name, so that nobody begins to use the old file meanwhile.
     _locks: Vec<ImageLock>,
 }
@@ -86,8 +85,8 @@ impl Target {
         };
         let mut open = || {
             let mut target = Self::open_path(path.clone(), options, sources, size, adopted)?;
-            if let TargetFormat::Qcow2(Qcow2Options { encryption: Some(luks), .. }) = &options.format {
-                target.encryption = Some(luks.create()?);
+            if let TargetFormat::Qcow2(Qcow2Options { encryption: Some(wanted), .. }) = &options.format {
+                target.encryption = Some(wanted.create()?);
             }
             Ok(target)
         };
@@ -222,7 +221,10 @@ impl Target {
             0 => 64 << 10,
             granule => granule,
         };
-        let luks = self.encryption.as_ref().map(|(_, header)| header.clone());
+        let luks = match &self.encryption {
+            Some(Encryption::Luks(_, header)) => Some(header.clone()),
+            _ => None,
+        };
         let name = (!self.is_stream()).then(|| file_name(&self.path));
         Ok(match &options.format {
             TargetFormat::Vmdk(vmdk) => vmdk.assembler(name, size, granule)?,
@@ -273,6 +275,14 @@ impl Target {
             .map_err(|error| self.write_error(op.at, error))
     }
 
+    /// What guest data is encrypted with by its guest offset, before it is placed.
+    pub(super) const fn guest_cipher(&self) -> Option<&SectorCipher> {
+        match &self.encryption {
+            Some(Encryption::Aes(cipher)) => Some(cipher),
+            _ => None,
+        }
+    }
+
     pub(super) const fn is_stream(&self) -> bool {
         matches!(self.main, Main::Stream(_))
     }
@@ -285,7 +295,7 @@ impl Target {
     pub(super) fn file(&self, file: TargetFile) -> Result<SharedStorage> {
         if file == TargetFile::Encrypted {
             let inner = if self.others.is_empty() { TargetFile::Main } else { TargetFile::Data };
-            let (Some((cipher, _)), file) = (&self.encryption, self.file(inner)?) else {
+            let (Some(Encryption::Luks(cipher, _)), file) = (&self.encryption, self.file(inner)?) else {
                 return Err(Error::invalid("encrypted data of an output that is not"));
             };
             return Ok(Arc::new(EncryptedStorage::new(file, Arc::clone(cipher))));

@@ -3,6 +3,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_codec::{Codec, Packer, Unpacker, fingerprint, is_zero};
+use diskmill_crypt::SECTOR;
 use diskmill_io::{Batch, Buf, Direction, Done, Engine, EnginePlan, Full, Piece};
 
 use super::assembler::{Frame, Unit, WriteWhat};
@@ -433,7 +434,7 @@ impl<'s, 'a> Worker<'s, 'a> {
     }
 
     /// Looks for zeros, packs, and leaves the result with the placer.
-    fn pass_on(&mut self, seq: u64, guest: Range<u64>, buf: Buf, passes: &[Pass]) -> Result<()> {
+    fn pass_on(&mut self, seq: u64, guest: Range<u64>, mut buf: Buf, passes: &[Pass]) -> Result<()> {
         let unit = self.shared.buffers.sizes().unit as usize;
         let len = (guest.end - guest.start) as usize;
         let filled = if self.shared.whole_units { len.next_multiple_of(unit) } else { len };
@@ -446,6 +447,11 @@ impl<'s, 'a> Worker<'s, 'a> {
             .map(|(bytes, at)| self.classify(bytes, scan && unread.next_if_eq(&at).is_none()))
             .collect();
         let content = if self.shared.fingerprint { fingerprint(guest.start, area, unit) } else { 0 };
+        if let (Some(cipher), Some(area)) =
+            (self.shared.placer.target().guest_cipher(), buf.get_mut(..filled))
+        {
+            cipher.encrypt(area, guest.start / SECTOR as u64);
+        }
         let buf = match (&mut self.packer, self.scratch.take()) {
             (Some((codec, packer)), Some(mut scratch)) => {
                 let codec = *codec;

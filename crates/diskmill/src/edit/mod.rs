@@ -176,7 +176,7 @@ impl Image {
         let layout = writer.layout();
         let result = result.and_then(|value| layout.map(|layout| (value, layout)));
         let (value, layout) = self.named(result)?;
-        self.replace_top(Box::new(layout));
+        self.replace_top(layout);
         Ok(value)
     }
 

@@ -15,7 +15,7 @@ use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedSt
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
 use crate::check::{CheckOptions, Repair, check_storage};
 use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
-use crate::encrypted::{EncryptedStorage, LegacyAesLayout, legacy_aes, unlock};
+use crate::encrypted::{EncryptedStorage, LegacyAes, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
 use crate::policy::{Allow, EXTENT};
@@ -362,16 +362,23 @@ impl<'a> Opener<'a> {
             clusters = Some((Arc::new(EncryptedStorage::new(file, Arc::new(cipher))), path, len));
         }
         let data = clusters.as_ref().map(|(file, path, len)| (file, self.file_id(file, path), *len));
+        let aes = if crypt == CryptMethod::Aes {
+            let cipher = legacy_aes(&self.options.keys)?;
+            let (file, path) = clusters.as_ref().map_or((&storage, path), |(file, path, _)| (file, path));
+            Some(LegacyAes::new(Arc::clone(file), cipher, |decrypted| self.file_id(&decrypted, path)))
+        } else {
+            None
+        };
         if self.writable() {
             let data = data.map(|(file, id, _)| (file, id));
-            let mut writer = Qcow2Writer::open((&storage, id), data, &read, &self.options.limits)?;
+            let mut writer = Qcow2Writer::open((&storage, id), data, aes, &read, &self.options.limits)?;
             if self.depth == Depth::ToRebase {
                 writer.expect_backing();
             }
             let writer = Arc::new(writer);
             let layout = writer.layout()?;
             self.image.writer = Some(Box::new(writer));
-            return Ok((Box::new(layout), next));
+            return Ok((layout, next));
         }
         let files = Files {
             tables: Box::new(TableCache::new(Arc::clone(&storage), len)),
@@ -379,13 +386,10 @@ impl<'a> Opener<'a> {
             data: data.map(|(_, id, len)| FileLen::new(id, Arc::new(len.into()))),
         };
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
-        if crypt != CryptMethod::Aes {
-            return Ok((Box::new(layout), next));
-        }
-        let cipher = legacy_aes(&self.options.keys)?;
-        let (file, path, _) = clusters.unwrap_or_else(|| (storage, path.to_owned(), len));
-        let register = |decrypted| self.file_id(&decrypted, &path);
-        Ok((Box::new(LegacyAesLayout::new(layout, file, cipher, register)), next))
+        Ok(match aes {
+            Some(aes) => (Box::new(aes.decrypt(layout)), next),
+            None => (Box::new(layout), next),
+        })
     }
 }
 

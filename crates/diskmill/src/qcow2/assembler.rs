@@ -7,6 +7,7 @@ use diskmill_format::qcow2::{
 };
 use diskmill_format::{HostOffset, Limits};
 
+use super::EncryptionFormat;
 use super::options::{Compat, Preallocation, Qcow2Options};
 use super::refcounts::Refcounts;
 use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
@@ -98,6 +99,10 @@ impl Qcow2Assembler {
         Ok(())
     }
 
+    fn is_aes(&self) -> bool {
+        self.options.encryption.as_ref().is_some_and(|options| options.format == EncryptionFormat::Aes)
+    }
+
     fn external(&self) -> bool {
         self.options.data_file.is_some()
     }
@@ -174,7 +179,12 @@ impl Qcow2Assembler {
         let cluster = self.cluster();
         if preallocate {
             self.reserve(host.get(), cluster, out);
-        } else if self.dirty_target {
+        } else if self.is_aes() {
+            // The mover encrypts what it reads, and this was not read.
+            return Err(Error::unsupported(
+                "zeros over a backing file in version 2 with legacy AES encryption",
+            ));
+        } else if self.dirty_target || self.luks.is_some() {
             out.push(WriteOp::zeroes(self.data_file(), host.get(), cluster, false));
         }
         let bitmap =
@@ -248,7 +258,11 @@ impl Qcow2Assembler {
                 backing_name: None,
                 geometry: self.geometry,
                 size,
-                crypt: if self.luks.is_some() { CryptMethod::Luks } else { CryptMethod::None },
+                crypt: match options.encryption.as_ref().map(|encryption| encryption.format) {
+                    None => CryptMethod::None,
+                    Some(EncryptionFormat::Luks) => CryptMethod::Luks,
+                    Some(EncryptionFormat::Aes) => CryptMethod::Aes,
+                },
                 l1_size: self.geometry.l1_entries(size) as u32,
                 l1_offset: l1,
                 refcount_table_offset: table,

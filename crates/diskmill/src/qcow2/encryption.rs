@@ -5,11 +5,24 @@ use diskmill_crypt::{
     Algorithm, CipherSpec, Hash, Header, IvGenerator, Mode, NewHeader, Secret, SectorCipher,
 };
 
+use crate::encrypted::legacy_aes;
 use crate::error::{Error, Result};
 
-/// LUKS encryption of a fresh image: the options `encrypt.*` of `qemu-img create -f qcow2 -o help`, with its defaults.
+/// How the guest's data is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EncryptionFormat {
+    /// LUKS, version 1.
+    #[default]
+    Luks,
+    /// qcow2's own AES-128-CBC: weak (specification, "AES encryption"), for tools that know nothing else.
+    Aes,
+}
+
+/// Encryption of a fresh image: the options `encrypt.*` of `qemu-img create -f qcow2 -o help`, with its defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LuksOptions {
+pub struct EncryptionOptions {
+    /// `encrypt.format`; all options below but the passphrase are for LUKS.
+    pub format: EncryptionFormat,
     /// `encrypt.key-secret`: what the caller knows the passphrase by.
     pub key_secret: Option<String>,
     /// The passphrase.
@@ -33,9 +46,10 @@ enum Iv {
     Essiv,
 }
 
-impl Default for LuksOptions {
+impl Default for EncryptionOptions {
     fn default() -> Self {
         Self {
+            format: EncryptionFormat::default(),
             key_secret: None,
             key: None,
             iter_time: Duration::from_secs(2),
@@ -49,15 +63,24 @@ impl Default for LuksOptions {
     }
 }
 
-impl LuksOptions {
+/// What guest data is encrypted with.
+pub(crate) enum Encryption {
+    /// By offset in the file; with the LUKS header that keeps the key.
+    Luks(Arc<SectorCipher>, Vec<u8>),
+    /// By guest offset.
+    Aes(SectorCipher),
+}
+
+impl EncryptionOptions {
     /// Sets the option whose name is `encrypt.` and `name`.
     pub(super) fn set(&mut self, name: &str, value: &str) -> Result<()> {
         let unknown = |known: &str| {
             Error::unsupported(format!("encrypt.{name}={value:?}")).hint(format!("one of {known}"))
         };
         match name {
-            "format" if value == "luks" => {}
-            "format" => return Err(unknown("luks")),
+            "format" if value == "luks" => self.format = EncryptionFormat::Luks,
+            "format" if value == "aes" => self.format = EncryptionFormat::Aes,
+            "format" => return Err(unknown("luks and aes")),
             "key-secret" => self.key_secret = Some(value.to_owned()),
             "cipher-alg" => {
                 let known = "aes-, serpent- or twofish-, and 128, 192 or 256";
@@ -101,19 +124,25 @@ impl LuksOptions {
         Ok(())
     }
 
-    /// Makes a disk key: its cipher, and the bytes of the LUKS header and key material that hold it.
-    pub(crate) fn create(&self) -> Result<(Arc<SectorCipher>, Vec<u8>)> {
+    /// Makes a disk key, or takes the passphrase for it.
+    pub(crate) fn create(&self) -> Result<Encryption> {
         let Some(passphrase) = &self.key else {
             return Err(Error::invalid("encryption needs a passphrase for the new image"));
         };
+        if self.format == EncryptionFormat::Aes {
+            return legacy_aes(std::slice::from_ref(passphrase)).map(Encryption::Aes);
+        }
         let new = self.header();
         let (key, bytes) = Header::create(&new, passphrase)?;
-        Ok((Arc::new(SectorCipher::new(new.cipher, &key)?), bytes))
+        Ok(Encryption::Luks(Arc::new(SectorCipher::new(new.cipher, &key)?), bytes))
     }
 
     /// Bytes that the LUKS header and its key material will take.
     pub(crate) fn header_bytes(&self) -> u64 {
-        self.header().payload_offset()
+        match self.format {
+            EncryptionFormat::Luks => self.header().payload_offset(),
+            EncryptionFormat::Aes => 0,
+        }
     }
 
     fn header(&self) -> NewHeader {

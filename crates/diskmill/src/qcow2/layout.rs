@@ -348,7 +348,9 @@ impl Layout for Qcow2Layout {
 
 #[cfg(test)]
 mod tests {
-    use diskmill_format::qcow2::{CryptMethod, Extensions, Header, HeaderArea, RefcountWidth};
+    use diskmill_format::qcow2::{
+        CompressionType, CryptMethod, Extensions, Header, HeaderArea, RefcountWidth,
+    };
     use diskmill_io::MemoryStorage;
 
     use super::*;

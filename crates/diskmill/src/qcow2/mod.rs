@@ -10,7 +10,8 @@ mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
 pub(crate) use bits::{Bits, read_table};
-pub use encryption::LuksOptions;
+pub(crate) use encryption::Encryption;
+pub use encryption::{EncryptionFormat, EncryptionOptions};
 pub(crate) use layout::{FileLen, Files, Qcow2Layout};
 pub(crate) use options::parse_bool;
 pub use options::{Compat, Preallocation, Qcow2Options};

@@ -4,7 +4,7 @@ use diskmill_codec::Codec;
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CompressionType, Geometry, RefcountWidth};
 
-use super::{LuksOptions, codec_of};
+use super::{EncryptionFormat, EncryptionOptions, codec_of};
 use crate::error::{Error, Result};
 use crate::size::parse_size;
 
@@ -89,8 +89,8 @@ pub struct Qcow2Options {
     pub backing_file: Option<String>,
     /// `backing_fmt`.
     pub backing_format: Option<String>,
-    /// `encrypt.*`: encryption with LUKS.
-    pub encryption: Option<LuksOptions>,
+    /// `encrypt.*`, and `encryption=on` for the legacy AES.
+    pub encryption: Option<EncryptionOptions>,
 }
 
 impl Default for Qcow2Options {
@@ -182,8 +182,9 @@ impl Qcow2Options {
                 return Err(Error::unsupported("the option size in a conversion (the source has its size)"));
             }
             "encryption" => {
-                return Err(Error::unsupported("writing qcow2 with legacy AES encryption (encryption)")
-                    .hint("encrypt.format=luks"));
+                if parse_bool(name, value)? {
+                    self.set("encrypt.format", "aes")?;
+                }
             }
             other => {
                 if let Some(name) = other.strip_prefix("encrypt.") {
@@ -266,11 +267,15 @@ impl Qcow2Options {
         if compress && self.encryption.is_some() {
             return Err(Error::invalid("compression and encryption exclude each other"));
         }
-        // A block that was never written decrypts to noise, where these promise zeros.
-        if self.encryption.is_some()
-            && matches!(self.preallocation, Preallocation::Metadata | Preallocation::Falloc)
-        {
-            return Err(Error::unsupported("encryption with preallocation=metadata or falloc"));
+        if let Some(encryption) = &self.encryption {
+            let aes = encryption.format == EncryptionFormat::Aes;
+            // A block that was never written decrypts to noise, where these promise zeros.
+            if matches!(self.preallocation, Preallocation::Metadata | Preallocation::Falloc) {
+                return Err(Error::unsupported("encryption with preallocation=metadata or falloc"));
+            }
+            if aes && self.preallocation != Preallocation::Off {
+                return Err(Error::unsupported("legacy AES encryption with preallocation"));
+            }
         }
         if compress && self.data_file.is_some() {
             return Err(Error::invalid("compression and an external data file exclude each other"));

@@ -1,5 +1,6 @@
 //! The guest's writes.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use diskmill_format::HostOffset;
@@ -65,12 +66,18 @@ impl Qcow2Writer {
             let sectors = range.start / SECTOR * SECTOR..range.end.next_multiple_of(SECTOR);
             let _guard = self.ranges.lock(if torn { sectors } else { range.clone() }, torn);
             let in_place = self.meta().in_place(range.clone())?;
-            if let Some(runs) = in_place {
-                let mut rest = buf;
+            if let Some(mut runs) = in_place {
+                let (range, bytes) = self.whole_sectors(image, buf, range)?;
+                if bytes.len() > buf.len() {
+                    // The sectors lie in the same clusters.
+                    runs = self.meta().in_place(range.clone())?.unwrap_or_default();
+                }
+                let (mut rest, mut guest) = (&*bytes, range.start);
                 for (host, len) in runs {
                     let (part, after) = rest.split_at_checked(len as usize).unwrap_or((rest, &[]));
-                    self.data.write(part, host)?;
+                    self.put(part, guest, host)?;
                     rest = after;
+                    guest += len;
                 }
                 return Ok(());
             }
@@ -78,12 +85,13 @@ impl Qcow2Writer {
         let size = self.meta().cluster_size();
         let clusters = range.start / size * size..range.end.next_multiple_of(size);
         let _exclusive = self.ranges.lock(clusters, true);
+        let (range, buf) = self.whole_sectors(image, buf, range)?;
         let targets = {
             let mut meta = self.meta();
             meta.relieve()?;
             meta.plan(range.clone())?
         };
-        let written = self.write_targets(image, buf, &range, &targets);
+        let written = self.write_targets(image, &buf, &range, &targets);
         let mut meta = self.meta();
         match written {
             Ok(()) => targets
@@ -97,6 +105,42 @@ impl Qcow2Writer {
         }
     }
 
+    /// With legacy AES encryption, the whole sectors around `buf`: what else they hold is read. Otherwise `buf` itself,
+    /// around which the storage sees to that.
+    fn whole_sectors<'b>(
+        &self,
+        image: &Image,
+        buf: &'b [u8],
+        range: Range<u64>,
+    ) -> Result<(Range<u64>, Cow<'b, [u8]>)> {
+        let (start, end) = (range.start / SECTOR * SECTOR, range.end.next_multiple_of(SECTOR));
+        if self.aes.is_none() || (start..end) == range {
+            return Ok((range, Cow::Borrowed(buf)));
+        }
+        let mut sectors = vec![0; (end - start) as usize];
+        let skip = (range.start - start) as usize;
+        let (head, rest) = sectors.split_at_mut(skip);
+        let (middle, tail) = rest.split_at_mut(buf.len());
+        image.read_unlocked(head, start)?;
+        middle.copy_from_slice(buf);
+        image.read_unlocked(tail, range.end)?;
+        Ok((start..end, Cow::Owned(sectors)))
+    }
+
+    /// Writes guest bytes that belong at `guest` to their place `host`.
+    fn put(&self, bytes: &[u8], guest: u64, host: u64) -> Result<()> {
+        self.data.write(&self.encrypted(bytes, guest), host)
+    }
+
+    /// The bytes as they stand in the file, but for what the storage does. They are whole sectors if they are encrypted here.
+    fn encrypted<'b>(&self, bytes: &'b [u8], guest: u64) -> Cow<'b, [u8]> {
+        let mut bytes = Cow::Borrowed(bytes);
+        if let Some(aes) = &self.aes {
+            aes.cipher().encrypt(bytes.to_mut(), guest / SECTOR);
+        }
+        bytes
+    }
+
     /// Writes `buf`, and around it what the first and the last cluster need.
     fn write_targets(&self, image: &Image, buf: &[u8], range: &Range<u64>, targets: &[Target]) -> Result<()> {
         let (Some(first), Some(last)) = (targets.first(), targets.last()) else { return Ok(()) };
@@ -107,13 +151,13 @@ impl Qcow2Writer {
             // One write is cheaper than three.
             let (head, tail) = (head.unwrap_or_default(), tail.unwrap_or_default());
             let start = range.start - head.len() as u64;
-            return self.data.write(&[&head, buf, &tail].concat(), host_of(first, start));
+            return self.put(&[&head, buf, &tail].concat(), start, host_of(first, start));
         }
         if let Some(head) = head {
-            self.data.write(&head, host_of(first, first.fill.start))?;
+            self.put(&head, first.fill.start, host_of(first, first.fill.start))?;
         }
         if let Some(tail) = tail {
-            self.data.write(&tail, host_of(last, range.end))?;
+            self.put(&tail, range.end, host_of(last, range.end))?;
         }
         let size = self.meta().cluster_size();
         let mut rest = buf;
@@ -125,7 +169,7 @@ impl Qcow2Writer {
                 end = (next.guest + size).min(range.end);
             }
             let (part, after) = rest.split_at_checked((end - start) as usize).unwrap_or((rest, &[]));
-            self.data.write_fresh(part, host_of(target, start))?;
+            self.data.write_fresh(&self.encrypted(part, start), host_of(target, start))?;
             rest = after;
         }
         Ok(())

@@ -25,9 +25,10 @@ use diskmill_io::SharedStorage;
 use super::disk::Disk;
 use super::ranges::{RangeGuard, RangeLocks};
 use super::{Writer, ZeroHow};
+use crate::encrypted::LegacyAes;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::FileId;
+use crate::layout::{FileId, Layout};
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
 pub(crate) use bitmaps::{add_bitmaps, check as check_bitmap};
@@ -46,6 +47,8 @@ pub(crate) struct Qcow2Writer {
     data: Arc<Disk>,
     /// Only whole sectors can be written: a part of one needs the rest of it, and nobody else at work on that.
     encrypted: bool,
+    /// Legacy AES encryption, which goes by guest offsets.
+    aes: Option<LegacyAes>,
     ranges: RangeLocks,
     meta: Mutex<Meta>,
     recorder: Recorder,
@@ -60,13 +63,15 @@ pub(crate) struct Qcow2Writer {
 }
 
 impl Qcow2Writer {
-    /// Prepares the image for writing. `data` is where plain guest clusters are, if not in the file as they are.
+    /// Prepares the image for writing. `data` is where plain guest clusters are, if not in the file as they are; `aes` is
+    /// for an image with legacy AES encryption.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] for what would be damaged by writing; [`Kind::Corrupt`] for an image that is.
     pub(crate) fn open(
         (file, id): (&SharedStorage, FileId),
         data: Option<(&SharedStorage, FileId)>,
+        aes: Option<LegacyAes>,
         info: &Qcow2Info,
         limits: &Limits,
     ) -> Result<Self> {
@@ -94,6 +99,7 @@ impl Qcow2Writer {
             recorder,
             data: data.unwrap_or_else(|| Arc::clone(&disk)),
             encrypted,
+            aes,
             disk,
             ranges: RangeLocks::default(),
             meta: Mutex::new(meta),
@@ -104,7 +110,7 @@ impl Qcow2Writer {
     }
 
     /// The active state as it is now, for reading. To be made anew when the header has changed.
-    pub(crate) fn layout(self: &Arc<Self>) -> Result<Qcow2Layout> {
+    pub(crate) fn layout(self: &Arc<Self>) -> Result<Box<dyn Layout>> {
         let info = {
             let meta = self.meta();
             Qcow2Info::read(&**meta.disk.storage(), &meta.limits)?
@@ -114,7 +120,11 @@ impl Qcow2Writer {
             image: FileLen::new(self.ids.0, self.disk.shared_len()),
             data: self.ids.1.map(|id| FileLen::new(id, self.data.shared_len())),
         };
-        Qcow2Layout::new(info, files, None)
+        let layout = Qcow2Layout::new(info, files, None)?;
+        Ok(match &self.aes {
+            Some(aes) => Box::new(aes.decrypt(layout)),
+            None => Box::new(layout),
+        })
     }
 
     fn meta(&self) -> MutexGuard<'_, Meta> {
@@ -131,10 +141,6 @@ fn refuse(info: &Qcow2Info) -> Result<()> {
     if info.dirty {
         return Err(Error::unsupported("writing to an image whose refcounts are out of date (dirty bit)")
             .hint("`qemu-img check -r all` brings them up to date"));
-    }
-    if info.area.header.crypt == CryptMethod::Aes {
-        return Err(Error::unsupported("writing to an image with legacy AES encryption")
-            .hint("`diskmill convert` makes a LUKS image of it"));
     }
     Ok(())
 }
