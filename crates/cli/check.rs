@@ -43,6 +43,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     if count > SHOWN && !args.verbose && !args.quiet {
         eprintln!("… and {} more (--verbose lists all)", count - SHOWN);
     }
+    for warning in report.warnings.iter().filter(|_| !args.quiet) {
+        eprintln!("diskmill: warning: {warning}");
+    }
     let text = match args.output {
         OutputForm::Json => qemu_style(&as_json(&report, args.format, &args.file.to_string_lossy())) + "\n",
         OutputForm::Human if args.quiet => String::new(),

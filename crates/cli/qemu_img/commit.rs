@@ -29,7 +29,11 @@ pub(super) fn run(args: Args) -> Outcome {
         _ => node.cannot_open(&error),
     })?;
     let result = watched(&args, |monitor| commit.run(monitor))?;
-    result.map_err(|error| Fail::new(messages::while_working(&error)))?;
+    result.map_err(|error| match error.kind() {
+        // A base that would have to grow and cannot.
+        Kind::Unsupported => Fail::new("Block job failed: Operation not supported"),
+        _ => Fail::new(messages::while_working(&error)),
+    })?;
     if !args.has("quiet") {
         writeln!(stdout(), "Image committed.")?;
     }

@@ -324,6 +324,11 @@ impl Image {
         }
     }
 
+    /// Damage of the upper layer that mapping has got around until now.
+    pub(crate) fn bypassed(&self) -> Vec<String> {
+        self.layers.first().map_or_else(Vec::new, |layer| layer.layout.bypassed())
+    }
+
     /// All runs of `range`, in order. Stops after the first error.
     pub fn extents(&self, range: Range<u64>) -> impl Iterator<Item = Result<Extent>> + '_ {
         let mut at = range.start;

@@ -129,6 +129,11 @@ pub trait Layout: Send + Sync {
         self.info().warnings.clone()
     }
 
+    /// Those of the warnings that are damage, found by mapping, which reading gets around.
+    fn bypassed(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What the layer has at guest offset `at`, which is below the virtual size: a run of at most `max` bytes
     /// (`max` > 0), as long as is cheap to tell.
     ///

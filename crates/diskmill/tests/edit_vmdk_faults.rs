@@ -222,7 +222,9 @@ fn crash(start: &[u8], base: &SharedStorage, seed: u64) -> usize {
         for moment in [before, all_of(&faulty, between), faulty.moment()] {
             for state in faulty.crash_states_at(moment, seed, 25) {
                 let state = memory(&state.to_vec());
-                let seen = content(&open_memory(&[("a.vmdk", &state), ("base.vmdk", base)], false).unwrap());
+                let left = open_memory(&[("a.vmdk", &state), ("base.vmdk", base)], false).unwrap();
+                assert!(says_unclean(&left), "{moment:?}");
+                let seen = content(&left);
                 for (at, sector) in seen.chunks(512).enumerate() {
                     let old = |old: &Vec<u8>| old[at * 512..][..sector.len()] == *sector;
                     // Writes to a part of it may arrive in any order.
@@ -236,7 +238,32 @@ fn crash(start: &[u8], base: &SharedStorage, seed: u64) -> usize {
         flushed = current;
     }
     image.close().unwrap();
+    let closed = open_memory(&[("a.vmdk", &storage), ("base.vmdk", base)], false).unwrap();
+    assert!(!says_unclean(&closed));
     states
+}
+
+fn says_unclean(image: &Image) -> bool {
+    image.warnings().iter().any(|warning| warning.contains("not closed cleanly"))
+}
+
+/// What another writer did not finish is not known, so its mark stays.
+#[test]
+fn the_mark_of_another_writer_stays() {
+    let dir = scratch();
+    let path = dir.path().join("a.vmdk");
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    q.img(["create", "-q", "-f", "vmdk", "a.vmdk", "1M"]).ok();
+    for unclean in [0, 1] {
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[72] = unclean;
+        fs::write(&path, bytes).unwrap();
+        let image = Image::open(&path, &options(true)).unwrap();
+        image.write_at(&[7; 512], 0).unwrap();
+        assert_eq!(fs::read(&path).unwrap()[72], 1);
+        image.close().unwrap();
+        assert_eq!(fs::read(&path).unwrap()[72], unclean);
+    }
 }
 
 /// The end of the epoch that `moment` is in, which has few changes.

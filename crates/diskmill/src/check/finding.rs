@@ -169,6 +169,11 @@ pub enum Finding {
         /// Why.
         reason: String,
     },
+    /// Damage of a VMDK that reading gets around, by a redundant table for example.
+    Bypassed {
+        /// What it is.
+        damage: String,
+    },
     /// Two grains of a VMDK lie on the same bytes of one file.
     Overlap {
         /// First byte that they share.
@@ -257,6 +262,7 @@ impl fmt::Display for Finding {
             Self::Unmappable { guest, len, reason } => {
                 write!(f, "{len} bytes of the disk from offset {guest} on: {reason}")
             }
+            Self::Bypassed { damage } => f.write_str(damage),
             Self::Overlap { offset, len } => {
                 write!(f, "grains overlap: {len} bytes at offset {offset:#x} belong to two of them")
             }

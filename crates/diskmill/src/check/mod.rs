@@ -77,6 +77,9 @@ pub struct Report {
     pub compressed_clusters: u64,
     /// Leaks that were not repaired because a table is damaged that may refer to them.
     pub leaks_kept: u64,
+    /// Doubts about a VMDK that are no errors, such as that its writer did not close it. (`qemu-img` does not tell of
+    /// them.)
+    pub warnings: Vec<String>,
 }
 
 impl Report {
@@ -143,7 +146,9 @@ pub fn check(
                 no_backing: true,
                 ..OpenOptions::default()
             };
-            vmdk::check(&Image::open(path, &open)?, &options.limits, found).map_err(|error| error.of(path))
+            let image = Image::open(path, &open)?;
+            let report = vmdk::check(&image, &options.limits, found).map_err(|error| error.of(path))?;
+            Ok(Report { warnings: image.info().warnings.clone(), ..report })
         }
         Format::Raw | Format::Ova => Err(Error::unsupported(format!("checking {format}")).of(path)),
     }

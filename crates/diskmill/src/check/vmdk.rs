@@ -51,6 +51,10 @@ pub(super) fn check(
         }
         at = at.saturating_add(extent.len);
     }
+    for damage in image.bypassed() {
+        report.corruptions += 1;
+        found(Verdict::Error, &Finding::Bypassed { damage });
+    }
     runs.sort_unstable();
     let mut end = (FileId(0), 0);
     for (file, start, len) in runs {

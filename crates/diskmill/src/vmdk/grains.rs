@@ -1,3 +1,6 @@
+mod directory;
+
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -9,6 +12,7 @@ use diskmill_format::vmdk::{
 };
 use diskmill_format::{HostOffset, Limits};
 
+use self::directory::Found;
 use super::ExtentFile;
 use crate::error::{Error, Kind, Result};
 use crate::layout::{LayerExtent, LayerSource, MapError, Source};
@@ -17,9 +21,6 @@ use crate::tables::{SLICE, TableCache, Tables};
 
 /// As many late warnings are kept for an extent; more would say nothing new.
 const MAX_LATE: usize = 16;
-/// Directory entries that one look-up goes through. A longer run is given in pieces: a walk that is interrupted by the
-/// runs of a backing file must not go through all of it each time.
-const MAX_TABLES: u64 = 256;
 
 /// One grain, or the directory's word on a whole table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,11 +41,21 @@ struct Packing {
 /// What the three kinds of sparse extents have of their own.
 enum Kinds {
     /// `KDMV`.
-    Hosted { zeroed_grains: bool, packing: Option<Packing>, overhead: u64 },
+    Hosted { zeroed_grains: bool, packing: Option<Packing>, overhead: u64, unclean: bool },
     /// `COWD`.
     Cowd,
     /// seSparse.
     Se(Box<SeSparseHeader>),
+}
+
+/// A sparse extent that grains can be added to.
+pub(crate) struct Growable {
+    /// Byte offset of the first grain.
+    pub(crate) overhead: u64,
+    /// An entry of 1 is a grain of zeros.
+    pub(crate) zeroed_grains: bool,
+    /// An earlier writer did not close the file.
+    pub(crate) unclean: bool,
 }
 
 /// The two-level grain map of a sparse extent: directory → tables → grains.
@@ -56,6 +67,10 @@ pub(crate) struct GrainMap {
     /// The redundant directory, if there is one within the file.
     redundant: Option<u64>,
     tables: Box<dyn Tables>,
+    /// The tables are a writer's.
+    followed: bool,
+    /// A range of the file that is no hole.
+    data: Mutex<Range<u64>>,
     /// Bytes in the file.
     len: Arc<AtomicU64>,
     /// Bytes that the last grain unpacks to, where the disk ends inside it: some writers pad it, some do not.
@@ -65,30 +80,26 @@ pub(crate) struct GrainMap {
 
 impl GrainMap {
     /// The map of a hosted sparse extent. `header` is the one that holds: the footer of a stream.
-    pub(super) fn hosted(
-        file: ExtentFile,
-        header: &SparseHeader,
-        limits: &Limits,
-        warnings: &mut Vec<String>,
-    ) -> Result<Self> {
+    pub(super) fn hosted(file: ExtentFile, header: &SparseHeader, limits: &Limits) -> Result<Self> {
         let geometry = header.geometry(limits)?;
         let packing = header.compressed().then_some(Packing { markers: header.markers() });
         let overhead = sector_offset(header.overhead, "sparse extent header")?;
-        let kind = Kinds::Hosted { zeroed_grains: header.zeroed_grains(), packing, overhead };
+        let zeroed_grains = header.zeroed_grains();
+        let kind = Kinds::Hosted { zeroed_grains, packing, overhead, unclean: header.unclean_shutdown != 0 };
         let directory = sector_offset(header.gd_offset, "grain directory")?;
         let mut map = Self::new(file, geometry, kind, directory);
         map.redundant = match header.redundant_directory() {
             Ok(redundant) => redundant.filter(|&at| map.fits(at, map.directory_len())),
             Err(_) => None,
         };
-        map.check_directory(warnings)?;
+        map.check_directory()?;
         Ok(map)
     }
 
     pub(super) fn cowd(file: ExtentFile, header: &CowdHeader, limits: &Limits) -> Result<Self> {
         let geometry = header.geometry(limits)?;
         let mut map = Self::new(file, geometry, Kinds::Cowd, header.directory_offset()?);
-        map.check_directory(&mut Vec::new())?;
+        map.check_directory()?;
         Ok(map)
     }
 
@@ -96,7 +107,7 @@ impl GrainMap {
         let geometry = header.geometry(limits)?;
         let directory = sector_offset(header.grain_directory.offset, "seSparse grain directory")?;
         let mut map = Self::new(file, geometry, Kinds::Se(Box::new(header)), directory);
-        map.check_directory(&mut Vec::new())?;
+        map.check_directory()?;
         Ok(map)
     }
 
@@ -110,6 +121,8 @@ impl GrainMap {
             directory,
             redundant: None,
             tables,
+            followed: false,
+            data: Mutex::default(),
             last_unit: OnceLock::new(),
             late: Mutex::default(),
         }
@@ -118,6 +131,7 @@ impl GrainMap {
     /// From now on tables come from `tables`, and the file, whose length `len` keeps, is being written to.
     pub(crate) fn follow(&mut self, tables: Box<dyn Tables>, len: Arc<AtomicU64>) {
         self.tables = tables;
+        self.followed = true;
         self.len = len;
     }
 
@@ -125,68 +139,20 @@ impl GrainMap {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Byte offset of the first grain and whether an entry of 1 is a grain of zeros, for an extent that grains can be
-    /// added to.
+    /// What a writer must know of an extent that grains can be added to.
     ///
     /// # Errors
     /// [`Kind::Unsupported`] for the other kinds of sparse extents.
-    pub(crate) fn growable(&self) -> Result<(u64, bool)> {
-        match &self.kind {
-            Kinds::Hosted { zeroed_grains, packing: None, overhead } => {
-                self.check_overhead(*overhead)?;
-                Ok((*overhead, *zeroed_grains))
+    pub(crate) fn growable(&self) -> Result<Growable> {
+        match self.kind {
+            Kinds::Hosted { zeroed_grains, packing: None, overhead, unclean } => {
+                self.check_overhead(overhead)?;
+                Ok(Growable { overhead, zeroed_grains, unclean })
             }
             Kinds::Hosted { .. } => Err(Error::unsupported("writing to a VMDK with compressed grains")),
             Kinds::Cowd => Err(Error::unsupported("writing to a COWD sparse extent")),
             Kinds::Se(_) => Err(Error::unsupported("writing to an seSparse extent")),
         }
-    }
-
-    /// Refuses metadata behind `overhead`, where grains may be: the guest could write to it.
-    fn check_overhead(&self, overhead: u64) -> Result<()> {
-        let within = |at: u64, len: u64| at.saturating_add(len) <= overhead;
-        for directory in [Some(self.directory), self.redundant].into_iter().flatten() {
-            let mut sound = within(directory, self.directory_len());
-            for table in 0..self.geometry.tables {
-                let table = self.entry(directory, table).ok().flatten();
-                // A damaged one is told when it is needed.
-                sound &=
-                    table.is_none_or(|at| !self.fits(at, self.table_len()) || within(at, self.table_len()));
-            }
-            if !sound {
-                return Err(Error::unsupported("writing to a sparse extent with tables among its grains")
-                    .hint("convert the image and work on the copy"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Where the grain table of number `table` stands, and its redundant copy, for changing them.
-    ///
-    /// # Errors
-    /// [`Kind::Corrupt`] if one of them is damaged: what is written could not be told from what is not.
-    pub(crate) fn both_tables(&self, table: u64) -> Result<(u64, Option<u64>)> {
-        let place = || format!("grain directory, entry {table}");
-        let sound = |found: Result<Option<u64>>, directory: u64| {
-            match found {
-                Ok(Some(at)) if self.fits(at, self.table_len()) => Ok(at),
-                Ok(Some(at)) => Err(self.past_end("the grain table", at)),
-                Ok(None) => Err(Error::unsupported("writing where a grain table was never made")),
-                Err(error) => Err(error),
-            }
-            .map_err(|error| error.within(place(), directory + table * self.entry_bytes()))
-        };
-        let primary = sound(self.entry(self.directory, table), self.directory)?;
-        let redundant = match self.redundant {
-            Some(directory) => Some(sound(self.entry(directory, table), directory)?),
-            None => None,
-        };
-        if self.copy_of_zeroed(table, primary).is_some() {
-            let why = "it is all zeros and its redundant copy is not: the image is damaged";
-            return Err(Error::corrupt(format!("grain table {table}"), Some(primary), why)
-                .hint("a conversion reads the copy"));
-        }
-        Ok((primary, redundant.filter(|&copy| copy != primary)))
     }
 
     pub(crate) const fn geometry(&self) -> SparseGeometry {
@@ -201,7 +167,7 @@ impl GrainMap {
         &self.file
     }
 
-    /// What mapping has found since the extent was opened.
+    /// Damage that reading gets around, as far as mapping has found it by now.
     pub(super) fn late_warnings(&self) -> Vec<String> {
         self.late.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -231,87 +197,6 @@ impl GrainMap {
 
     fn fits(&self, at: u64, len: u64) -> bool {
         at.checked_add(len).is_some_and(|end| end <= self.len())
-    }
-
-    /// Looks at each directory entry once, so that damage is told when the image is opened. Falls back on the
-    /// redundant directory as a whole where the primary one cannot be read.
-    fn check_directory(&mut self, warnings: &mut Vec<String>) -> Result<()> {
-        if !self.fits(self.directory, self.directory_len()) {
-            let Some(redundant) = self.redundant.take() else {
-                let message = format!(
-                    "it lies past the end of the file ({} bytes): the image is truncated",
-                    self.len()
-                );
-                return Err(Error::corrupt("grain directory", Some(self.directory), message));
-            };
-            warnings.push(
-                "the grain directory lies past the end of the file; the redundant one is used".to_owned(),
-            );
-            self.directory = redundant;
-        }
-        let Some(redundant) = self.redundant else { return Ok(()) };
-        let mut damaged = 0u64;
-        for table in 0..self.geometry.tables {
-            let (primary, other) = (self.entry(self.directory, table), self.entry(redundant, table));
-            damaged += u64::from(self.prefers_redundant(&primary, &other));
-        }
-        if damaged > 0 {
-            warnings.push(format!(
-                "{damaged} grain directory entries are damaged; the redundant directory is used for them"
-            ));
-        }
-        Ok(())
-    }
-
-    /// Whether the redundant directory's entry is to be taken: the primary one is impossible, or zero while the other
-    /// is sound (writers fill both, so a zero is damage).
-    fn prefers_redundant(&self, primary: &Result<Option<u64>>, redundant: &Result<Option<u64>>) -> bool {
-        let sound = |at: u64| self.fits(at, self.table_len());
-        matches!(redundant, Ok(Some(at)) if sound(*at)) && !matches!(primary, Ok(Some(at)) if sound(*at))
-    }
-
-    /// The byte offset of grain table `table` by the directory at `directory`.
-    fn entry(&self, directory: u64, table: u64) -> Result<Option<u64>> {
-        let byte = table * self.entry_bytes();
-        let slice_at = byte / SLICE * SLICE;
-        let slice = self
-            .tables
-            .slice(directory.saturating_add(slice_at), SLICE.min(self.directory_len() - slice_at))
-            .map_err(|error| error.within("grain directory", directory))?;
-        let index = ((byte - slice_at) / self.entry_bytes()) as usize;
-        match &self.kind {
-            Kinds::Se(header) => {
-                let entry = sesparse::table_entries(&slice).nth(index).unwrap_or(0);
-                Ok(header.table_offset(entry)?)
-            }
-            _ => {
-                let entry = sparse::table_entries(&slice).nth(index).unwrap_or(0);
-                // Zero is a table of zeros.
-                Ok((entry != 0).then(|| u64::from(entry) * SECTOR_BYTES))
-            }
-        }
-    }
-
-    /// Where grain table `table` stands.
-    fn table(&self, table: u64) -> Result<Option<u64>> {
-        let primary = self.entry(self.directory, table);
-        let found = match self.redundant {
-            Some(directory) => {
-                let redundant = self.entry(directory, table);
-                if self.prefers_redundant(&primary, &redundant) { redundant } else { primary }
-            }
-            None => primary,
-        };
-        match found {
-            Ok(Some(at)) if !self.fits(at, self.table_len()) => Err(self.past_end("the grain table", at)),
-            found => found,
-        }
-        .map_err(|error| {
-            error.within(
-                format!("grain directory, entry {table}"),
-                self.directory + table * self.entry_bytes(),
-            )
-        })
     }
 
     fn past_end(&self, what: &str, at: u64) -> Error {
@@ -414,17 +299,14 @@ impl GrainMap {
         let max = max.min(geometry.capacity_bytes - at);
         let in_table = at % geometry.table_coverage;
         let grain_left = geometry.grain_bytes - within;
-        let mut table_at = match self.table(table) {
-            Ok(Some(at)) => at,
-            Ok(None) => {
-                let end = in_table.saturating_add(max).div_ceil(geometry.table_coverage);
-                let end = end.min(geometry.tables - table).min(MAX_TABLES);
-                let run =
-                    (1..end).find(|ahead| !matches!(self.table(table + ahead), Ok(None))).unwrap_or(end);
-                let len = (run * geometry.table_coverage - in_table).min(max);
+        let left = geometry.table_coverage - in_table;
+        let mut table_at = match self.look_up(table, in_table.saturating_add(max)) {
+            Ok(Found::Table(at)) => at,
+            Ok(Found::Empty(tables)) => {
+                let len = (tables * geometry.table_coverage - in_table).min(max);
                 return Ok(LayerExtent { len, source: LayerSource::Unallocated });
             }
-            Err(error) => return Err(MapError { error, len: (geometry.table_coverage - in_table).min(max) }),
+            Err(error) => return Err(MapError { error, len: left.min(max) }),
         };
         let cut = |error| MapError { error, len: grain_left.min(max) };
         let mut first = self.grain_or_copy(table, table_at, index).map_err(cut)?;

@@ -74,11 +74,15 @@ impl Layout for VmdkLayout {
     }
 
     fn warnings(&self) -> Vec<String> {
+        [self.info.warnings.clone(), self.bypassed()].concat()
+    }
+
+    fn bypassed(&self) -> Vec<String> {
         let late = self.parts.iter().flat_map(|part| match &part.source {
             PartSource::Sparse(map) => map.late_warnings(),
             _ => Vec::new(),
         });
-        self.info.warnings.iter().cloned().chain(late).collect()
+        late.collect()
     }
 
     fn map(&self, at: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {

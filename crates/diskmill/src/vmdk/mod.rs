@@ -19,7 +19,7 @@ use diskmill_io::SharedStorage;
 use crate::error::{Error, Result};
 use crate::layout::FileId;
 
-pub(crate) use grains::GrainMap;
+pub(crate) use grains::{GrainMap, Growable};
 pub(crate) use layout::{Part, PartSource, VmdkLayout};
 pub(crate) use open::{Parent, open};
 pub use options::{Subformat, VmdkOptions};

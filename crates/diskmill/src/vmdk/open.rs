@@ -189,10 +189,9 @@ impl Opening<'_> {
                 if header.directory_in_footer() {
                     header = self.footer(file, &header)?;
                 }
-                let mut doubts = header.doubts();
-                let map = GrainMap::hosted(file.clone(), &header, self.limits(), &mut doubts)?;
+                let map = GrainMap::hosted(file.clone(), &header, self.limits())?;
                 let of = if file.id == self.own.id { String::new() } else { format!("{:?}: ", file.path) };
-                self.warnings.extend(doubts.into_iter().map(|doubt| format!("{of}{doubt}")));
+                self.warnings.extend(header.doubts().into_iter().map(|doubt| format!("{of}{doubt}")));
                 Ok(map)
             }
         }

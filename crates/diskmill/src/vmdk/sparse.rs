@@ -12,6 +12,8 @@ use crate::error::{Error, Kind, Result};
 
 const GRAIN: u64 = DEFAULT_GRAIN_SECTORS * SECTOR_BYTES;
 const SPLIT: u64 = geometry::SPLIT_SECTORS * SECTOR_BYTES;
+/// What to do about a disk that does not fit one file.
+const SPLIT_IT: &str = "subformat=twoGbMaxExtentSparse splits the disk";
 /// A grain table entry for a grain of zeros.
 const ZEROED: u32 = 1;
 
@@ -70,7 +72,7 @@ impl SparseAssembler {
         let sectors = self.size.saturating_sub(start).min(self.step()).div_ceil(SECTOR_BYTES);
         let descriptor = if self.split { 0 } else { DEFAULT_DESCRIPTOR_SECTORS };
         let layout = SparseLayout::new(sectors, descriptor, self.options.zeroed_grain, &Limits::default());
-        layout.map_err(|error| Error::from(error).hint("subformat=twoGbMaxExtentSparse splits the disk"))
+        layout.map_err(|error| Error::from(error).hint(SPLIT_IT))
     }
 
     /// Goes on to extent `number`; those before it are completed.
@@ -130,8 +132,10 @@ impl SparseAssembler {
 impl Extent {
     /// The sector of a fresh grain.
     fn take(&mut self) -> Result<u32> {
-        let sector =
-            u32::try_from(self.next).map_err(|_| Error::new(Kind::Limit, "the file grows beyond 2 TiB"))?;
+        let sector = u32::try_from(self.next).map_err(|_| {
+            let why = "the file grows beyond 2 TiB, which its grain tables cannot address";
+            Error::new(Kind::Limit, why).hint(SPLIT_IT)
+        })?;
         self.next += DEFAULT_GRAIN_SECTORS;
         Ok(sector)
     }

@@ -8,6 +8,8 @@ use crate::{FormatError, Limits};
 
 /// The first four bytes of a hosted sparse extent.
 pub const MAGIC: &[u8; 4] = b"KDMV";
+/// Where the header has its `uncleanShutdown` byte.
+pub const UNCLEAN_SHUTDOWN_AT: u64 = 72;
 /// Bytes of the header on disk.
 pub const HEADER_BYTES: usize = 512;
 /// `gdOffset` of a header whose grain directory is found through the footer.
@@ -65,7 +67,8 @@ pub struct SparseHeader {
     pub gd_offset: u64,
     /// Sectors before the first grain.
     pub overhead: u64,
-    /// Not zero: the writer did not close the file. No reader acts on it.
+    /// Not zero: the file is open for writing, or its writer did not close it. QEMU neither sets
+    /// nor reads it.
     pub unclean_shutdown: u8,
     /// `COMPRESSION_*`.
     pub compression: u16,
@@ -101,7 +104,7 @@ impl SparseHeader {
             rgd_offset: Le::read_u64(&b[48..]),
             gd_offset: Le::read_u64(&b[56..]),
             overhead: Le::read_u64(&b[64..]),
-            unclean_shutdown: b[72],
+            unclean_shutdown: b[UNCLEAN_SHUTDOWN_AT as usize],
             compression: Le::read_u16(&b[77..]),
         };
         if !(1..=3).contains(&header.version) {
@@ -152,7 +155,7 @@ impl SparseHeader {
         Le::write_u64(&mut b[48..], self.rgd_offset);
         Le::write_u64(&mut b[56..], self.gd_offset);
         Le::write_u64(&mut b[64..], self.overhead);
-        b[72] = self.unclean_shutdown;
+        b[UNCLEAN_SHUTDOWN_AT as usize] = self.unclean_shutdown;
         b[73..77].copy_from_slice(&NEWLINES);
         Le::write_u16(&mut b[77..], self.compression);
         b
@@ -422,8 +425,9 @@ impl SparseLayout {
     /// disk. `zeroed_grains` makes it version 2 with zeroed grains.
     ///
     /// # Errors
-    /// `Limit` as [`SparseHeader::geometry`], or where a grain sector would not fit 32 bits
-    /// (beyond 2 TiB): split the disk into extents.
+    /// `Limit` as [`SparseHeader::geometry`], or where the first grain's sector would not fit 32
+    /// bits. The capacity itself may be larger (as in QEMU): whoever adds grains has to see to it
+    /// that they begin below 2^32 sectors of the file.
     pub fn new(
         capacity: u64,
         descriptor_sectors: u64,
@@ -446,7 +450,7 @@ impl SparseLayout {
         let too_large = || {
             FormatError::limit(
                 WHAT,
-                format!("{capacity} sectors need more than 2^32 sectors of file; split the disk"),
+                format!("the tables of {capacity} sectors need more than 2^32 sectors of the file"),
             )
         };
         let directory = geometry.directory_bytes / SECTOR_BYTES;
@@ -457,8 +461,7 @@ impl SparseLayout {
         let tables = header.gd_offset.checked_add(directory).ok_or_else(too_large)?;
         let metadata = tables.checked_add(all_tables).ok_or_else(too_large)?;
         header.overhead = metadata.checked_next_multiple_of(header.grain_sectors).ok_or_else(too_large)?;
-        let grains = capacity.checked_next_multiple_of(header.grain_sectors).ok_or_else(too_large)?;
-        header.overhead.checked_add(grains).filter(|&end| end <= 1 << 32).ok_or_else(too_large)?;
+        u32::try_from(header.overhead).map_err(|_| too_large())?;
         Ok(Self {
             header,
             geometry,

@@ -13,12 +13,12 @@ use self::cid::DescriptorPlace;
 use self::tables::GrainTables;
 use super::disk::Disk;
 use super::ranges::{RangeGuard, RangeLocks};
-use super::{Writer, ZeroHow};
+use super::{Preallocation, Writer, ZeroHow};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::layout::{FileId, FormatInfo, LayerSource, Layout as _, Source};
+use crate::layout::{FileId, FormatInfo, LayerSource, Layout, Source};
 use crate::raw::FileRuns;
-use crate::vmdk::{ExtentFile, GrainMap, Part, PartSource, VmdkLayout};
+use crate::vmdk::{ExtentFile, GrainMap, Growable, Part, PartSource, VmdkLayout};
 
 /// Guest bytes that are written at once.
 const CHUNK: u64 = 4 << 20;
@@ -98,12 +98,13 @@ impl VmdkWriter {
                     Place::Flat { disk, offset: *offset }
                 }
                 PartSource::Sparse(map) => {
-                    let (overhead, zeroed_grains) = map.growable()?;
+                    let growable = map.growable()?;
                     let disk = disk_of(map.file())?;
                     let len = disk.shared_len();
-                    let tables = Arc::new(GrainTables::new(disk, overhead, map.geometry().grain_bytes)?);
+                    let tables = Arc::new(GrainTables::new(disk, &growable, map.geometry().grain_bytes)?);
                     let own = Arc::get_mut(map).ok_or_else(|| Error::invalid("a grain map in use"))?;
                     own.follow(Box::new(Arc::clone(&tables)), len);
+                    let Growable { overhead, zeroed_grains, .. } = growable;
                     let sparse = Sparse { map: Arc::clone(map), tables, overhead, zeroed_grains };
                     Place::Sparse(Box::new(sparse))
                 }
@@ -384,7 +385,10 @@ impl Writer for VmdkWriter {
                 Place::Flat { disk, offset } => {
                     disk.write(bytes, offset.saturating_add(range.start - extent.guest.start))?;
                 }
-                Place::Sparse(sparse) => self.write_sparse(image, extent, sparse, bytes, range.start)?,
+                Place::Sparse(sparse) => {
+                    sparse.tables.begin()?;
+                    self.write_sparse(image, extent, sparse, bytes, range.start)?;
+                }
             }
         }
         Ok(())
@@ -403,7 +407,10 @@ impl Writer for VmdkWriter {
                     // The file is as long as the extent, or the disk would not have been readable.
                     disk.zero(at, range.end - range.start, how == ZeroHow::KeepAllocated)?;
                 }
-                Place::Sparse(sparse) => self.zero_sparse(image, extent, sparse, range, how)?,
+                Place::Sparse(sparse) => {
+                    sparse.tables.begin()?;
+                    self.zero_sparse(image, extent, sparse, range, how)?;
+                }
             }
         }
         Ok(())
@@ -427,6 +434,7 @@ impl Writer for VmdkWriter {
                     for piece in sparse.pieces(image, extent, whole)? {
                         if let Some(host) = piece.host {
                             self.begin()?;
+                            sparse.tables.begin()?;
                             let len = piece.guest.end - piece.guest.start;
                             sparse.tables.disk().zero(host, len, false)?;
                         }
@@ -447,6 +455,18 @@ impl Writer for VmdkWriter {
     }
 
     fn close(&self) -> Result<()> {
-        self.flush()
+        self.flush()?;
+        for extent in &self.extents {
+            if let Place::Sparse(sparse) = &extent.place {
+                sparse.tables.end()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn resize(&self, _size: u64, _how: Preallocation) -> Result<Box<dyn Layout>> {
+        // Nor does QEMU: the sizes stand in many places, which no order of writes changes at once.
+        Err(Error::unsupported("changing the size of a VMDK")
+            .hint("create a disk of the new size and write the old one into it with convert -n"))
     }
 }

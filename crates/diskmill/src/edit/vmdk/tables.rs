@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use diskmill_format::vmdk::sparse::UNCLEAN_SHUTDOWN_AT;
+
 use crate::edit::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::tables::{TableCache, Tables};
-use crate::vmdk::GrainMap;
+use crate::vmdk::{GrainMap, Growable};
 
 /// Changed bytes of tables at which they are written.
 const MOST_DIRTY: usize = 8 << 20;
@@ -22,6 +24,17 @@ pub(super) struct GrainTables {
     state: Mutex<State>,
     /// The first byte behind all grains.
     next: AtomicU64,
+    session: Mutex<Session>,
+}
+
+/// What the header's `uncleanShutdown` byte says, as VMware keeps it: set while the file is being written to.
+#[derive(PartialEq, Eq)]
+enum Session {
+    /// Not written to yet.
+    Closed,
+    Open,
+    /// Somebody else left it set, and what they did not finish is not known: it stays.
+    Unclean,
 }
 
 struct State {
@@ -34,12 +47,35 @@ struct State {
 impl GrainTables {
     /// # Errors
     /// [`Kind::Limit`] for a file that no grain can be added to.
-    pub(super) fn new(disk: Arc<Disk>, overhead: u64, grain_bytes: u64) -> Result<Self> {
+    pub(super) fn new(disk: Arc<Disk>, extent: &Growable, grain_bytes: u64) -> Result<Self> {
         let clean = TableCache::new(Arc::clone(disk.storage()), disk.len());
-        let next = disk.len().max(overhead).checked_next_multiple_of(grain_bytes.max(SECTOR));
+        let next = disk.len().max(extent.overhead).checked_next_multiple_of(grain_bytes.max(SECTOR));
         let next = next.ok_or_else(|| Error::new(Kind::Limit, "the file of the extent is too long"))?;
         let state = State { clean, dirty: BTreeMap::new(), dirty_bytes: 0 };
-        Ok(Self { disk, state: Mutex::new(state), next: AtomicU64::new(next) })
+        let session = if extent.unclean { Session::Unclean } else { Session::Closed };
+        Ok(Self { disk, state: Mutex::new(state), next: AtomicU64::new(next), session: Mutex::new(session) })
+    }
+
+    /// What comes before the first write: a durable word in the header that the file is open.
+    pub(super) fn begin(&self) -> Result<()> {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if *session == Session::Closed {
+            self.disk.write(&[1], UNCLEAN_SHUTDOWN_AT)?;
+            self.disk.sync()?;
+            *session = Session::Open;
+        }
+        Ok(())
+    }
+
+    /// What comes after the last write, when all is durable.
+    pub(super) fn end(&self) -> Result<()> {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if *session == Session::Open {
+            self.disk.write(&[0], UNCLEAN_SHUTDOWN_AT)?;
+            self.disk.sync()?;
+            *session = Session::Closed;
+        }
+        Ok(())
     }
 
     pub(super) fn disk(&self) -> &Arc<Disk> {
