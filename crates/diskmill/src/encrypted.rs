@@ -93,14 +93,8 @@ impl EncryptedStorage {
     fn write_sectors(&self, sectors: &[u8], at: u64) -> io::Result<usize> {
         let mut encrypted = sectors.to_vec();
         self.cipher.encrypt(&mut encrypted, at / SECTOR as u64);
-        let mut done = 0;
-        while let Some(rest) = encrypted.get(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.write_at(rest, at + done as u64)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                written => done += written,
-            }
-        }
-        Ok(done)
+        self.file.write_all_at(&encrypted, at)?;
+        Ok(encrypted.len())
     }
 }
 

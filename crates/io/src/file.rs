@@ -148,18 +148,6 @@ impl FileStorage {
         retry(|| i64::from(unsafe { libc::fallocate(self.file.as_raw_fd(), mode, at, len) })).map(drop)
     }
 
-    fn write_all_at(&self, mut buf: &[u8], mut at: u64) -> io::Result<()> {
-        while !buf.is_empty() {
-            let n = self.write_at(buf, at)?;
-            if n == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            buf = &buf[n..];
-            at += n as u64;
-        }
-        Ok(())
-    }
-
     /// Zeros by writing them.
     fn write_plain_zeroes(&self, at: u64, end: u64) -> io::Result<()> {
         let zeros = Buf::new(end.saturating_sub(at).min(ZERO_CHUNK) as usize)?;

@@ -77,6 +77,21 @@ pub trait Storage: Send + Sync + fmt::Debug {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize>;
     /// Writes at most `buf.len()` bytes at `at`, growing the storage if it can grow.
     fn write_at(&self, buf: &[u8], at: u64) -> io::Result<usize>;
+    /// Writes all of `buf` at `at`. `WriteZero` if the storage takes nothing more.
+    fn write_all_at(&self, mut buf: &[u8], mut at: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.write_at(buf, at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(done) => {
+                    buf = buf.get(done..).unwrap_or_default();
+                    at = at.saturating_add(done as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
     /// The length in bytes (of a block device: its size).
     fn len(&self) -> io::Result<u64>;
     /// Whether the length is 0.

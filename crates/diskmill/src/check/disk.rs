@@ -82,20 +82,11 @@ impl<'a> Disk<'a> {
     }
 
     /// Writes all of `bytes`.
-    pub(super) fn write(&self, mut bytes: &[u8], mut at: u64) -> Result<()> {
+    pub(super) fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
         // What was a hole is none any more.
         self.state.borrow_mut().run = None;
-        while !bytes.is_empty() {
-            let done = match self.file.write_at(bytes, at) {
-                Ok(0) => Err(std::io::ErrorKind::WriteZero.into()),
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(0),
-                result => result,
-            };
-            let done = done.map_err(|error| Error::io(format!("cannot write at offset {at:#x}"), error))?;
-            bytes = bytes.get(done..).unwrap_or_default();
-            at = at.saturating_add(done as u64);
-        }
-        Ok(())
+        let written = self.file.write_all_at(bytes, at);
+        written.map_err(|error| Error::io(format!("cannot write at offset {at:#x}"), error))
     }
 
     /// Nothing that is written later is durable before what was written until now.

@@ -183,7 +183,7 @@ fn copy(
                 let bytes = buf.get(..got).filter(|bytes| !bytes.is_empty());
                 let bytes = bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?;
                 monitor.add_read(got as u64);
-                super::target::write_all(target, bytes, at)?;
+                target.write_all_at(bytes, at)?;
                 monitor.add_written(got as u64);
                 got as u64
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_io::{
-    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage, Storage,
+    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage,
 };
 
 use diskmill_crypt::SectorCipher;
@@ -340,7 +340,7 @@ impl Target {
                 let mut at = op.at;
                 while left > 0 {
                     let part = zeros.get(..left.min(zeros.len() as u64) as usize).unwrap_or_default();
-                    write_all(&*storage, part, at).map_err(failed)?;
+                    storage.write_all_at(part, at).map_err(failed)?;
                     at += part.len() as u64;
                     left -= part.len() as u64;
                 }
@@ -350,7 +350,7 @@ impl Target {
             WriteWhat::Reserve { len } => storage.allocate(op.at, *len).map_err(failed),
             WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
                 self.reserve.before_write(&*storage, op.at, data.len()).map_err(failed)?;
-                write_all(&*storage, data, op.at).map_err(failed)?;
+                storage.write_all_at(data, op.at).map_err(failed)?;
                 monitor.add_written(data.len() as u64);
                 Ok(())
             }
@@ -452,21 +452,6 @@ pub(super) fn fits(len: u64, size: Option<u64>) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-pub(super) fn write_all(storage: &dyn Storage, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        match storage.write_at(bytes, at) {
-            Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
-            Ok(done) => {
-                bytes = bytes.get(done..).unwrap_or_default();
-                at = at.saturating_add(done as u64);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 fn same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
