@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::sys::{range_end, unsupported};
 use crate::{Align, Allocation, MemoryStorage, SharedStorage, Storage};
@@ -21,7 +21,10 @@ const MAX_JOURNALLED: u64 = 1 << 30;
 pub struct FaultyStorage {
     inner: SharedStorage,
     state: Mutex<State>,
+    before_sync: OnceLock<Hook>,
 }
+
+type Hook = Box<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct State {
@@ -62,7 +65,7 @@ enum Change {
 impl FaultyStorage {
     /// Wraps `inner`; without faults for now.
     pub fn new(inner: SharedStorage) -> FaultyStorage {
-        FaultyStorage { inner, state: Mutex::default() }
+        FaultyStorage { inner, state: Mutex::default(), before_sync: OnceLock::new() }
     }
 
     /// Reads that touch `range` fail with EIO.
@@ -94,6 +97,12 @@ impl FaultyStorage {
     /// Each read and write moves at most `bytes` (at least 1).
     pub fn shorten(&self, bytes: usize) {
         self.state().max_transfer = Some(bytes.max(1));
+    }
+
+    /// Calls `hook` before each barrier ([`sync`](Storage::sync)), when most is open. Only the first one is taken.
+    pub fn before_sync(&self, hook: impl Fn() + Send + Sync + 'static) {
+        // A second one would be a mistake of the test, which its counts show.
+        let _ = self.before_sync.set(Box::new(hook));
     }
 
     /// Ends all faults. The journal goes on.
@@ -262,6 +271,9 @@ impl Storage for FaultyStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        if let Some(hook) = self.before_sync.get() {
+            hook();
+        }
         let mut state = self.state();
         if state.sync_fails {
             return Err(io::Error::from_raw_os_error(libc::EIO));

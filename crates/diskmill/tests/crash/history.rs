@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
-use diskmill::edit::{Preallocation, ZeroHow};
-use diskmill::{Error, Image, SnapshotRef};
+use diskmill::edit::{Amendment, Preallocation, ZeroHow};
+use diskmill::{Error, FormatInfo, Image, SnapshotRef};
 use diskmill_testkit::{ModelDisk, Op, Step};
 
 use crate::world::State;
@@ -17,6 +17,9 @@ pub(crate) enum Act {
     Apply(String),
     Delete(String),
     Resize(u64, Preallocation),
+    Amend(Amendment),
+    /// What became of that: whether discards zero whole clusters.
+    Amended(bool),
     Close,
 }
 
@@ -35,7 +38,8 @@ impl Act {
             Self::Apply(name) => image.apply_snapshot(&SnapshotRef::Any(name.clone())),
             Self::Delete(name) => image.delete_snapshot(&SnapshotRef::Any(name.clone())),
             Self::Resize(size, how) => image.resize(*size, *how),
-            Self::Close => Ok(()),
+            Self::Amend(changes) => image.amend(changes),
+            Self::Amended(_) | Self::Close => Ok(()),
         }
     }
 }
@@ -62,21 +66,34 @@ pub(crate) fn content(image: &Image) -> Vec<u8> {
     bytes
 }
 
+/// Whether discards zero whole clusters: version 2 has nothing to say so over a backing file.
+pub(crate) fn discards(image: &Image) -> bool {
+    let FormatInfo::Qcow2(info) = &image.info().specific else { panic!("it is qcow2") };
+    info.area.header.version >= 3 || info.area.backing_name.is_none()
+}
+
 /// All that the guest can see.
 #[derive(Clone)]
 pub(crate) struct Guest {
     pub(crate) disk: ModelDisk,
     pub(crate) snapshots: Vec<(String, ModelDisk)>,
+    /// See [`discards`].
+    pub(crate) discards: bool,
 }
 
 impl Guest {
     pub(crate) fn apply(&mut self, act: &Act) {
         match act {
             Act::Step(step) => self.disk.apply(step),
-            Act::Flush | Act::Close => {}
+            Act::Flush | Act::Close | Act::Amend(_) => {}
+            Act::Amended(discards) => {
+                self.discards = *discards;
+                self.disk.set_discards(*discards);
+            }
             Act::Snapshot(name) => self.snapshots.push((name.clone(), self.disk.clone())),
             Act::Apply(name) => {
                 self.disk = self.snapshots.iter().find(|(other, _)| other == name).unwrap().1.clone();
+                self.disk.set_discards(self.discards);
             }
             Act::Resize(size, _) => self.disk.resize(*size),
             Act::Delete(name) => self.snapshots.retain(|(other, _)| other != name),
@@ -112,7 +129,7 @@ impl History {
         let mut guest = self.now().clone();
         guest.apply(&act);
         let last = self.acts.len() - 1;
-        let durable = !matches!(self.acts[last], Act::Step(_));
+        let durable = !matches!(self.acts[last], Act::Step(_) | Act::Amended(_));
         self.floors.push(if durable { last } else { self.floors[last] });
         self.guests.push(guest);
         self.acts.push(act);
@@ -167,7 +184,7 @@ impl History {
 }
 
 /// Says where `seen` has a byte that none of `disks` has.
-fn first_foreign(seen: &[u8], disks: &[&[u8]]) -> Option<String> {
+pub(crate) fn first_foreign(seen: &[u8], disks: &[&[u8]]) -> Option<String> {
     const SECTOR: usize = 512;
     let disks: Vec<&[u8]> = disks.iter().copied().filter(|disk| disk.len() == seen.len()).collect();
     if disks.is_empty() {

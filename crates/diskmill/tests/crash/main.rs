@@ -2,7 +2,8 @@
 //! last barrier, the image is sound, and the guest finds what it flushed.
 //!
 //! Each barrier of a run is a stop. Of each stop all states are tried if there are at most `STATES` of them, else as many
-//! at random (`FaultyStorage::crash_states` says how). `DISKMILL_CRASH_STATES` sets another number, `DISKMILL_CRASH_SEEDS`
+//! at random (`FaultyStorage::crash_states` says how). Here an image is written to, in `chain` it is committed or rebased.
+//! `DISKMILL_CRASH_STATES` sets another number, `DISKMILL_CRASH_SEEDS`
 //! more than one run per kind of image.
 #![allow(
     clippy::unwrap_used,
@@ -12,6 +13,7 @@
     reason = "test code"
 )]
 
+mod chain;
 mod faults;
 mod history;
 mod world;
@@ -21,13 +23,14 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use diskmill::check::{CheckOptions, check_storage};
-use diskmill::edit::Preallocation;
+use diskmill::edit::{Amendment, Preallocation};
+use diskmill::{Error, FormatInfo, Image, Kind as ErrorKind};
 use diskmill_io::MemoryStorage;
 use diskmill_testkit::content::{Pattern, Rng};
-use diskmill_testkit::{ModelDisk, Op, Oracle, Step, TempDir, legalise, scratch, steps};
+use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, TempDir, legalise, scratch, steps};
 
-use history::{Act, Guest, History, content, write};
-use world::{BASE, IMAGE, State, World};
+use history::{Act, Guest, History, content, discards, write};
+use world::{BASE, DATA, IMAGE, KEY, RENAMED, State, World, read_all, writable};
 
 /// States of one stop.
 const STATES: usize = 40;
@@ -55,6 +58,9 @@ struct Kind {
     steps: usize,
     snapshots: bool,
     resizes: bool,
+    amends: bool,
+    /// The backing file has a name that reaches far beyond the first sector.
+    long_name: bool,
 }
 
 const KIND: Kind = Kind {
@@ -67,6 +73,8 @@ const KIND: Kind = Kind {
     steps: 24,
     snapshots: false,
     resizes: false,
+    amends: false,
+    long_name: false,
 };
 
 const GROWING: Kind = Kind {
@@ -88,35 +96,41 @@ impl Kind {
         self.options.contains("data_file")
     }
 
+    fn load(dir: &Path) -> World {
+        World::load(dir, &[IMAGE, DATA], &[BASE])
+    }
+
     /// Makes the image in a folder.
-    fn make(&self, seed: u64) -> Option<(TempDir, Oracle, ModelDisk)> {
+    fn make(&self, seed: u64) -> Option<(TempDir, Qemu, ModelDisk)> {
         let dir = scratch();
         let q = Oracle::find(dir.path())?;
         let options = format!("cluster_size={}{}", self.cluster, self.options);
+        let q = Qemu { oracle: q, encrypted: options.contains("encrypt.") };
         let mut model = ModelDisk::new(self.size, self.cluster);
         if self.backed {
             // Shorter than the disk over it.
             let size = self.size / 4096 * 3072;
             let below = steps(seed ^ 1, size, self.cluster, 6, false);
-            q.create(BASE, "", size);
-            q.write(BASE, "qcow2", &below);
+            q.oracle.create(BASE, "", size);
+            q.oracle.write(BASE, "qcow2", &below);
             let mut base = ModelDisk::new(size, 1 << 16);
             below.iter().for_each(|step| base.apply(step));
-            q.create_over(IMAGE, &options, self.size, (BASE, "qcow2"));
+            let name = "./".repeat(if self.long_name { 200 } else { 0 }) + BASE;
+            q.create(&options, self.size, Some((&name, "qcow2")));
             model = ModelDisk::over(&base, self.size, self.cluster, self.v2());
         } else {
-            q.create(IMAGE, &options, self.size);
+            q.create(&options, self.size, None);
         }
         if self.full > 0 {
             let step = Step { op: Op::Write(Pattern::Random), start: 0, len: self.full, seed };
-            q.write(IMAGE, "qcow2", &[step]);
+            q.try_write(&step).unwrap();
             model.apply(&step);
         }
         let mut filled = steps(seed ^ 2, self.size, self.cluster, self.filled, self.packs());
         legalise(&mut filled, self.size, self.cluster);
         // QEMU refuses some compressed writes after others.
         for step in filled {
-            if q.try_write(IMAGE, "qcow2", &[step]).is_ok() {
+            if q.try_write(&step).is_ok() {
                 model.apply(&step);
             }
         }
@@ -125,16 +139,14 @@ impl Kind {
 
     /// Whether it can have packed clusters.
     fn packs(&self) -> bool {
-        !self.data_file() && !self.options.contains("preallocation")
+        !["data_file", "preallocation", "encrypt."].iter().any(|option| self.options.contains(option))
     }
 
-    /// The model of a disk that holds `bytes`.
-    fn model_of(&self, bytes: Vec<u8>) -> ModelDisk {
-        let disk = ModelDisk::holding(bytes, self.cluster);
-        match self.v2() && self.backed {
-            true => ModelDisk::over(&disk, self.size, self.cluster, true),
-            false => disk,
-        }
+    /// The model of what this image holds.
+    fn model_of(&self, image: &Image) -> ModelDisk {
+        let mut disk = ModelDisk::holding(content(image), self.cluster);
+        disk.set_discards(discards(image));
+        disk
     }
 
     fn acts(&self, seed: u64) -> Vec<Act> {
@@ -169,6 +181,7 @@ impl Kind {
                     ];
                     acts.push(Act::Resize(size, how[if size > old { rng.below(4) } else { 0 }]));
                 }
+                8..=10 if self.amends => acts.push(Act::Amend(self.amendment(&mut rng))),
                 _ => {}
             }
         }
@@ -176,16 +189,93 @@ impl Kind {
     }
 }
 
+impl Kind {
+    fn amendment(&self, rng: &mut Rng) -> Amendment {
+        let width = (1 << rng.below(7)).to_string();
+        let onoff = ["on", "off"][rng.below(2)];
+        let (name, value) = match rng.below(if self.data_file() { 8 } else { 6 }) {
+            0 | 1 => ("compat", "v2"),
+            2 => ("compat", "v3"),
+            // The only one that version 2 can have, too.
+            3 => ("refcount_bits", "16"),
+            4 => ("refcount_bits", width.as_str()),
+            5 => ("lazy_refcounts", onoff),
+            6 => ("data_file", [DATA, RENAMED][rng.below(2)]),
+            _ => ("data_file_raw", "off"),
+        };
+        let mut amendment = Amendment::default();
+        amendment.set(name, value).unwrap();
+        amendment
+    }
+}
+
+/// QEMU's tools, with the key of an encrypted image.
+struct Qemu {
+    oracle: Oracle,
+    encrypted: bool,
+}
+
+impl Qemu {
+    /// The image as the other programs' arguments name it.
+    fn image(&self) -> [String; 4] {
+        let key = if self.encrypted { ",encrypt.key-secret=s" } else { "" };
+        let image = format!("driver=qcow2,file.filename={IMAGE}{key}");
+        ["--object".to_owned(), format!("secret,id=s,data={KEY}"), "--image-opts".to_owned(), image]
+    }
+
+    fn create(&self, options: &str, size: u64, backing: Option<(&str, &str)>) {
+        let [object, secret, ..] = self.image();
+        let backing = backing.map(|(name, format)| ["-b", name, "-F", format]);
+        self.oracle
+            .img(["create", "-q", &object, &secret, "-f", "qcow2", "-o", options])
+            .args(backing.iter().flatten())
+            .args([IMAGE, &size.to_string()])
+            .ok();
+    }
+
+    fn try_write(&self, step: &Step) -> Result<(), String> {
+        let [object, secret, flag, image] = self.image();
+        let script = Script::new(&[*step]);
+        let out = self.oracle.io([object, secret, flag]).args(script.args()).arg(image).run();
+        let done = out.code == Some(0) && !out.out().contains("failed");
+        if done { Ok(()) } else { Err(out.to_string()) }
+    }
+
+    /// Finds no more than leaks.
+    fn check(&self) {
+        let check = self.oracle.img(["check"]).args(self.image()).run();
+        assert!(matches!(check.code, Some(0 | 3)), "{check}");
+    }
+
+    fn content(&self) -> Vec<u8> {
+        self.oracle.img(["convert", "-O", "raw"]).args(self.image()).arg("content.raw").ok();
+        std::fs::read(self.oracle.dir().join("content.raw")).unwrap()
+    }
+}
+
 /// Runs what is to be done and judges all states. Returns how many were different.
 fn run(kind: &Kind, seed: u64) -> Count {
     let Some((dir, q, model)) = kind.make(seed) else { return Count::default() };
-    let world = World::load(dir.path());
-    let mut history = History::new(Guest { disk: model, snapshots: Vec::new() });
+    let world = Kind::load(dir.path());
     let mut image = world.open();
+    let guest = Guest { disk: model, snapshots: Vec::new(), discards: discards(&image) };
+    let mut history = History::new(guest);
     for (index, act) in kind.acts(seed).into_iter().enumerate() {
         world.begin(index + 1);
-        act.run(&mut image).unwrap();
-        history.note(act);
+        let done = act.run(&mut image);
+        history.note(match act {
+            Act::Amend(_) => {
+                let refused = |error: &Error| {
+                    matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Unsupported | ErrorKind::Limit)
+                };
+                assert!(done.as_ref().err().is_none_or(refused), "{done:?}");
+                Act::Amended(discards(&image))
+            }
+            act => {
+                done.unwrap();
+                act
+            }
+        });
         let same = content(&image) == history.now().disk.bytes();
         assert!(same, "operation {}: the guest sees something else already without a crash", index + 1);
     }
@@ -230,7 +320,7 @@ struct Count {
 
 struct Judge<'a> {
     kind: &'a Kind,
-    q: &'a Oracle,
+    q: &'a Qemu,
     dir: &'a Path,
     history: &'a History,
     seen: HashSet<(u64, usize)>,
@@ -247,7 +337,7 @@ impl Judge<'_> {
         self.count.states += 1;
         assert_sound(state.image());
         self.history.judge(state, operation);
-        if let Some(data) = state.data().filter(|_| self.kind.options.contains("data_file_raw")) {
+        if let Some(data) = state.data().filter(|_| is_raw(state)) {
             self.history.judge_raw(data, operation);
         }
         if self.count.states.is_multiple_of(SHOWN) {
@@ -262,17 +352,17 @@ impl Judge<'_> {
     fn shown(&mut self, state: &State, operation: usize) {
         self.count.shown += 1;
         state.save(self.dir);
-        let check = self.q.img(["check", "-f", "qcow2", IMAGE]).run();
-        assert!(matches!(check.code, Some(0 | 3)), "operation {operation}: {check}");
-        let same = self.q.content(IMAGE, "qcow2") == content(&state.open(None));
+        self.q.check();
+        let same = self.q.content() == content(&state.open(None));
         assert!(same, "operation {operation}: qemu-img reads something else");
     }
 
     /// The next one who opens the image can go on.
     fn continued(&mut self, state: &State) {
         self.count.continued += 1;
-        let (image, storage) = state.open_writable();
-        let mut model = self.kind.model_of(content(&image));
+        let files = state.copies();
+        let image = Image::from_storages(&files, &writable()).unwrap();
+        let mut model = self.kind.model_of(&image);
         let seed = self.count.states as u64;
         for step in steps(seed, image.size(), self.kind.cluster, 4, false) {
             write(&image, &step).unwrap();
@@ -280,10 +370,15 @@ impl Judge<'_> {
         }
         assert!(content(&image) == model.bytes(), "writes after the crash went elsewhere");
         image.close().unwrap();
-        let mut bytes = vec![0; usize::try_from(storage.len().unwrap()).unwrap()];
-        storage.read_at(&mut bytes, 0).unwrap();
-        assert_sound(&bytes);
+        assert_sound(&read_all(&*files[0].storage));
     }
+}
+
+/// Whether the external data file is to be a valid raw image.
+fn is_raw(state: &State) -> bool {
+    let image = state.open(None);
+    let FormatInfo::Qcow2(info) = &image.info().specific else { panic!("it is qcow2") };
+    info.area.header.autoclear & 2 != 0
 }
 
 /// At worst leaks.
@@ -296,10 +391,11 @@ fn assert_sound(image: &[u8]) {
     assert!(matches!(report.exit_code(), 0 | 3), "{report:?} {found:#?}");
 }
 
-fn crash(name: &str, kind: Kind) {
+/// Says what the runs of this name have shown.
+fn report(name: &str, run: impl Fn(u64) -> Count + std::panic::RefUnwindSafe) {
     let mut total = Count::default();
     for seed in 0..number("DISKMILL_CRASH_SEEDS", 2) as u64 {
-        let outcome = std::panic::catch_unwind(|| run(&kind, seed));
+        let outcome = std::panic::catch_unwind(|| run(seed));
         let Ok(count) = outcome else { panic!("{name}, seed {seed}: see above") };
         total.stops += count.stops;
         total.states += count.states;
@@ -307,17 +403,27 @@ fn crash(name: &str, kind: Kind) {
         total.continued += count.continued;
     }
     println!(
-        "{name}: {} stops, {} states judged, {} of them shown to qemu-img, {} written to",
+        "{name}: {} stops, {} states judged, {} of them shown to qemu-img, {} gone on from",
         total.stops, total.states, total.shown, total.continued
     );
 }
+
+macro_rules! encrypted {
+    ($more:literal) => {
+        concat!(",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", $more)
+    };
+}
+
+const ENCRYPTED: &str = encrypted!("");
+const ENCRYPTED_SUBCLUSTERS: &str = encrypted!(",extended_l2=on");
+const ENCRYPTED_DATA_FILE: &str = encrypted!(",data_file=data.raw");
 
 macro_rules! crashes {
     ($($(#[$about:meta])* $name:ident: $kind:expr;)*) => {$(
         $(#[$about])*
         #[test]
         fn $name() {
-            crash(stringify!($name), $kind);
+            report(stringify!($name), |seed| run(&$kind, seed));
         }
     )*};
 }
@@ -353,4 +459,20 @@ crashes! {
     resizes_of_a_data_file: Kind { resizes: true, options: ",data_file=data.raw", backed: true, ..KIND };
     resizes_of_version_2: Kind { resizes: true, options: ",compat=v2", ..KIND };
     preallocated: Kind { options: ",preallocation=metadata", snapshots: true, ..KIND };
+    amendments: Kind { amends: true, snapshots: true, resizes: true, steps: 40, ..KIND };
+    amendments_of_many_tables:
+        Kind { amends: true, snapshots: true, cluster: 512, size: 75 << 10, steps: 40, ..KIND };
+    amendments_over_a_backing_file: Kind { amends: true, backed: true, steps: 40, ..KIND };
+    amendments_over_a_long_name: Kind { amends: true, backed: true, long_name: true, steps: 40, ..KIND };
+    amendments_of_a_data_file: Kind { amends: true, options: ",data_file=data.raw", steps: 40, ..KIND };
+    amendments_of_a_raw_data_file:
+        Kind { amends: true, options: ",data_file=data.raw,data_file_raw=on", steps: 40, ..KIND };
+    encrypted: Kind { options: ENCRYPTED, snapshots: true, ..KIND };
+    encrypted_over_a_backing_file:
+        Kind { options: ENCRYPTED, cluster: 1 << 14, size: 300 << 10, backed: true, amends: true, resizes: true, ..KIND };
+    encrypted_subclusters:
+        Kind { options: ENCRYPTED_SUBCLUSTERS, cluster: 1 << 14, size: 300 << 10, snapshots: true, ..KIND };
+    encrypted_in_the_legacy_way:
+        Kind { options: ",encrypt.format=aes,encrypt.key-secret=s", backed: true, snapshots: true, ..KIND };
+    an_encrypted_data_file: Kind { options: ENCRYPTED_DATA_FILE, amends: true, ..KIND };
 }

@@ -1,26 +1,32 @@
-//! An image on disks that remember what a power failure may leave of them.
+//! Images on disks that remember what a power failure may leave of them.
 
-use std::fmt;
-use std::io;
-use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use diskmill::{Image, ImageFile, OpenOptions, SnapshotRef};
-use diskmill_io::{Align, Allocation, FaultyStorage, MemoryStorage, Moment, SharedStorage, Storage};
+use diskmill::{Image, ImageFile, OpenOptions, Secret, SnapshotRef};
+use diskmill_io::{FaultyStorage, MemoryStorage, Moment, SharedStorage, Storage};
 
 const LIMIT: u64 = 64 << 20;
 /// Under these names the files know each other.
 pub(crate) const IMAGE: &str = "a.qcow2";
 pub(crate) const DATA: &str = "data.raw";
 pub(crate) const BASE: &str = "base.qcow2";
+/// Other names of files, which images may be given.
+const ALIASES: [(&str, &str); 3] =
+    [(DATA, RENAMED), (BASE, "./base.qcow2"), ("bottom.qcow2", "./bottom.qcow2")];
+pub(crate) const RENAMED: &str = "renamed.raw";
+/// The passphrase of encrypted images.
+pub(crate) const KEY: &str = "correct horse";
 
-/// An image with its external data file and its backing file, if there are such.
+type Bytes = Arc<Vec<u8>>;
+
+/// The files of an image and of its chain; the image itself is the first one.
 pub(crate) struct World {
-    /// The image, and its external data file.
+    /// Those that are written to.
     disks: Vec<(&'static str, Arc<FaultyStorage>)>,
-    base: Option<Arc<Vec<u8>>>,
+    /// Those that nobody may change.
+    fixed: Vec<(&'static str, Bytes)>,
     watch: Arc<Watch>,
 }
 
@@ -50,26 +56,39 @@ impl Watch {
 }
 
 impl World {
-    /// Takes the files that are in `dir`.
-    pub(crate) fn load(dir: &Path) -> Self {
+    /// Takes those of the files that are in `dir`.
+    pub(crate) fn load(dir: &Path, written: &[&'static str], fixed: &[&'static str]) -> Self {
+        let watch = Arc::new(Watch::default());
         let mut disks = Vec::new();
-        for name in [IMAGE, DATA] {
+        for &name in written {
             let Ok(bytes) = std::fs::read(dir.join(name)) else { continue };
             let disk = Arc::new(FaultyStorage::new(Arc::new(MemoryStorage::with_bytes(bytes, LIMIT))));
             disk.start_journal().unwrap();
+            let weak = Arc::downgrade(&watch);
+            disk.before_sync(move || weak.upgrade().unwrap().stop());
             disks.push((name, disk));
         }
-        let watch = Watch::default();
         watch.disks.lock().unwrap().extend(disks.iter().map(|(_, disk)| Arc::clone(disk)));
-        Self { disks, base: std::fs::read(dir.join(BASE)).ok().map(Arc::new), watch: Arc::new(watch) }
+        let bytes = |&name: &&'static str| Some((name, Arc::new(std::fs::read(dir.join(name)).ok()?)));
+        Self { disks, fixed: fixed.iter().filter_map(bytes).collect(), watch }
     }
 
     pub(crate) fn open(&self) -> Image {
-        let watched = |(name, disk): &(&str, Arc<FaultyStorage>)| {
-            let storage = Arc::new(Watched { disk: Arc::clone(disk), watch: Arc::clone(&self.watch) });
+        Image::from_storages(&self.files(), &writable()).unwrap()
+    }
+
+    /// The files as they are now; what is written to them is remembered.
+    pub(crate) fn files(&self) -> Vec<ImageFile> {
+        let disk = |(name, disk): &(&str, Arc<FaultyStorage>)| {
+            let storage = Arc::clone(disk) as SharedStorage;
             ImageFile { storage, path: name.into() }
         };
-        open(self.disks.iter().map(watched).collect(), self.base.as_ref(), &writable())
+        let fixed = |(name, bytes): &(&str, Bytes)| {
+            let disk = FaultyStorage::new(memory(bytes));
+            disk.fail_writes(0..u64::MAX);
+            ImageFile { storage: Arc::new(disk), path: name.into() }
+        };
+        with_aliases(self.disks.iter().map(disk).chain(self.fixed.iter().map(fixed)).collect())
     }
 
     /// The disks, the image first, to make them fail.
@@ -93,154 +112,108 @@ impl World {
         let states =
             |(index, ((name, disk), moment)): (usize, (&(&'static str, Arc<FaultyStorage>), &Moment))| {
                 let seed = seed ^ (index as u64) << 32;
-                (
-                    *name,
-                    disk.crash_states_at(*moment, seed, max).map(|state| state.to_vec()).collect::<Vec<_>>(),
-                )
+                let states = disk.crash_states_at(*moment, seed, max);
+                (*name, states.map(|state| Arc::new(state.to_vec())).collect::<Vec<_>>())
             };
         let of_disks: Vec<_> = self.disks.iter().zip(&stop.moments).enumerate().map(states).collect();
         let count = of_disks.iter().map(|(_, states)| states.len()).max().unwrap_or(0);
-        let base = self.base.clone();
+        let fixed = self.fixed.clone();
         (0..count).map(move |turn| State {
             // A step that has no common divisor with the count brings the same states in another order.
             files: of_disks
                 .iter()
-                .zip([1, 3])
-                .map(|((name, states), step)| (*name, states[turn * step % states.len()].clone()))
+                .zip([1, 3, 7])
+                .map(|((name, states), step)| (*name, Arc::clone(&states[turn * step % states.len()])))
                 .collect(),
-            base: base.clone(),
+            fixed: fixed.clone(),
         })
     }
 
     /// The disks as they are.
     pub(crate) fn now(&self) -> State {
-        let bytes = |(name, disk): &(&'static str, Arc<FaultyStorage>)| (*name, read_all(&**disk));
-        State { files: self.disks.iter().map(bytes).collect(), base: self.base.clone() }
+        let bytes = |(name, disk): &(&'static str, Arc<FaultyStorage>)| (*name, Arc::new(read_all(&**disk)));
+        State { files: self.disks.iter().map(bytes).collect(), fixed: self.fixed.clone() }
     }
 }
 
-/// The files of an image that nobody writes to.
+/// The same files when nobody writes to them.
 #[derive(Hash)]
 pub(crate) struct State {
-    files: Vec<(&'static str, Vec<u8>)>,
-    base: Option<Arc<Vec<u8>>>,
+    files: Vec<(&'static str, Bytes)>,
+    fixed: Vec<(&'static str, Bytes)>,
 }
 
 impl State {
     pub(crate) fn open(&self, snapshot: Option<&str>) -> Image {
+        self.open_file(IMAGE, snapshot)
+    }
+
+    /// Opens another file of the chain.
+    pub(crate) fn open_file(&self, name: &str, snapshot: Option<&str>) -> Image {
         let snapshot = snapshot.map(|name| SnapshotRef::Any(name.to_owned()));
-        self.open_with(&OpenOptions { snapshot, ..OpenOptions::default() }).0
+        let mut files = self.copies();
+        let first = files.iter().position(|file| file.path == Path::new(name)).unwrap();
+        files.swap(0, first);
+        Image::from_storages(&files, &OpenOptions { snapshot, writable: false, ..writable() }).unwrap()
     }
 
-    /// Copies of the files, opened for writing, and the image's own storage.
-    pub(crate) fn open_writable(&self) -> (Image, SharedStorage) {
-        self.open_with(&writable())
+    /// Copies of the files, first those that were written to.
+    pub(crate) fn copies(&self) -> Vec<ImageFile> {
+        let file = |(name, bytes): &(&str, Bytes)| ImageFile { storage: memory(bytes), path: name.into() };
+        with_aliases(self.files.iter().chain(&self.fixed).map(file).collect())
     }
 
-    fn open_with(&self, options: &OpenOptions) -> (Image, SharedStorage) {
-        let file = |(name, bytes): &(&str, Vec<u8>)| {
-            let storage = Arc::new(MemoryStorage::with_bytes(bytes.clone(), LIMIT));
-            ImageFile { storage, path: name.into() }
+    /// What became of these copies.
+    pub(crate) fn after(&self, copies: &[ImageFile]) -> Self {
+        let bytes = |((name, _), copy): (&(&'static str, Bytes), &ImageFile)| {
+            (*name, Arc::new(read_all(&*copy.storage)))
         };
-        let files: Vec<ImageFile> = self.files.iter().map(file).collect();
-        let own = Arc::clone(&files[0].storage);
-        (open(files, self.base.as_ref(), options), own)
+        Self { files: self.files.iter().zip(copies).map(bytes).collect(), fixed: self.fixed.clone() }
     }
 
     pub(crate) fn image(&self) -> &[u8] {
         &self.files[0].1
     }
 
-    /// The external data file.
-    pub(crate) fn data(&self) -> Option<&[u8]> {
-        self.files.get(1).map(|(_, bytes)| bytes.as_slice())
+    /// Those that were written to.
+    pub(crate) fn written(&self) -> impl Iterator<Item = (&'static str, &[u8])> {
+        self.files.iter().map(|(name, bytes)| (*name, bytes.as_slice()))
     }
 
-    /// Writes the image and its data file into `dir`.
+    /// The external data file.
+    pub(crate) fn data(&self) -> Option<&[u8]> {
+        self.written().find(|(name, _)| *name == DATA).map(|(_, bytes)| bytes)
+    }
+
+    /// Writes the files into `dir`, but for those that nobody changed.
     pub(crate) fn save(&self, dir: &Path) {
         for (name, bytes) in &self.files {
-            std::fs::write(dir.join(name), bytes).unwrap();
+            std::fs::write(dir.join(name), bytes.as_slice()).unwrap();
+            for (_, alias) in ALIASES.iter().filter(|(of, _)| of == name) {
+                std::fs::write(dir.join(alias), bytes.as_slice()).unwrap();
+            }
         }
     }
 }
 
-fn writable() -> OpenOptions {
-    OpenOptions { writable: true, ..OpenOptions::default() }
-}
-
-fn open(mut files: Vec<ImageFile>, base: Option<&Arc<Vec<u8>>>, options: &OpenOptions) -> Image {
-    if let Some(base) = base {
-        let storage = Arc::new(MemoryStorage::with_bytes(base.to_vec(), LIMIT));
-        files.push(ImageFile { storage, path: BASE.into() });
+fn with_aliases(mut files: Vec<ImageFile>) -> Vec<ImageFile> {
+    for (name, alias) in ALIASES {
+        let file = files.iter().find(|file| file.path == Path::new(name)).cloned();
+        files.extend(file.map(|file| ImageFile { path: alias.into(), ..file }));
     }
-    Image::from_storages(&files, options).unwrap()
+    files
 }
 
-fn read_all(storage: &dyn Storage) -> Vec<u8> {
+pub(crate) fn writable() -> OpenOptions {
+    OpenOptions { writable: true, keys: vec![Secret::new(KEY.as_bytes().to_vec())], ..OpenOptions::default() }
+}
+
+fn memory(bytes: &Bytes) -> SharedStorage {
+    Arc::new(MemoryStorage::with_bytes(bytes.to_vec(), LIMIT))
+}
+
+pub(crate) fn read_all(storage: &dyn Storage) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(storage.len().unwrap()).unwrap()];
     assert_eq!(storage.read_at(&mut bytes, 0).unwrap(), bytes.len());
     bytes
-}
-
-/// Notes the moment of each barrier.
-struct Watched {
-    disk: Arc<FaultyStorage>,
-    watch: Arc<Watch>,
-}
-
-impl fmt::Debug for Watched {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.disk.fmt(f)
-    }
-}
-
-impl Storage for Watched {
-    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
-        self.disk.read_at(buf, at)
-    }
-
-    fn write_at(&self, buf: &[u8], at: u64) -> io::Result<usize> {
-        self.disk.write_at(buf, at)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.disk.len()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.disk.set_len(len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.watch.stop();
-        self.disk.sync()
-    }
-
-    fn allocation(&self, at: u64) -> io::Result<Option<(Allocation, u64)>> {
-        self.disk.allocation(at)
-    }
-
-    fn write_zeroes(&self, at: u64, len: u64, keep_allocated: bool) -> io::Result<()> {
-        self.disk.write_zeroes(at, len, keep_allocated)
-    }
-
-    fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
-        self.disk.allocate(at, len)
-    }
-
-    fn clone_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<()> {
-        self.disk.clone_range(at, src, src_at, len)
-    }
-
-    fn copy_range(&self, at: u64, src: &dyn Storage, src_at: u64, len: u64) -> io::Result<u64> {
-        self.disk.copy_range(at, src, src_at, len)
-    }
-
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-
-    fn align(&self) -> Align {
-        self.disk.align()
-    }
 }

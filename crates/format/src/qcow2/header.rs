@@ -359,19 +359,9 @@ impl HeaderArea {
         }
     }
 
-    /// The same without the names of feature bits, which no reader needs.
-    ///
-    /// # Errors
-    /// As [`encode`](Self::encode).
-    pub fn encode_without_feature_names(&self) -> Result<Vec<u8>, FormatError> {
-        self.encode_with(&Extensions { feature_names: Vec::new(), ..self.extensions.clone() })
-    }
-
     fn encode_with(&self, extensions: &Extensions) -> Result<Vec<u8>, FormatError> {
-        let header = &self.header;
-        let cluster_size = header.geometry.cluster_size() as usize;
-        let length = if header.version >= 3 { FULL_LEN } else { V2_LEN };
-        let mut out = vec![0; length];
+        let cluster_size = self.header.geometry.cluster_size() as usize;
+        let mut out = self.header.encode();
         out.extend(extensions.encode());
         let name = self.backing_name.as_deref().unwrap_or_default();
         let name_at = out.len();
@@ -386,49 +376,45 @@ impl HeaderArea {
             ));
         }
         out.resize(cluster_size, 0);
-        out[..4].copy_from_slice(&MAGIC);
-        let mut put_u32 = |at: usize, value: u32| BigEndian::write_u32(&mut out[at..], value);
-        put_u32(4, header.version);
-        put_u32(20, header.geometry.cluster_bits());
-        put_u32(
-            32,
-            match header.crypt {
-                CryptMethod::None => 0,
-                CryptMethod::Aes => 1,
-                CryptMethod::Luks => 2,
-            },
-        );
-        put_u32(36, header.l1_size);
-        put_u32(56, header.refcount_table_clusters);
-        put_u32(60, header.snapshots);
-        if header.version >= 3 {
-            put_u32(96, header.refcount_width.order());
-            put_u32(100, length as u32);
-        }
         if !name.is_empty() {
-            put_u32(16, name.len() as u32);
             BigEndian::write_u64(&mut out[8..], name_at as u64);
-        }
-        let mut put_u64 = |at: usize, value: u64| BigEndian::write_u64(&mut out[at..], value);
-        put_u64(24, header.size);
-        put_u64(40, header.l1_offset.get());
-        put_u64(48, header.refcount_table_offset.get());
-        put_u64(64, header.snapshots_offset.get());
-        if header.version >= 3 {
-            put_u64(72, header.incompatible);
-            put_u64(80, header.compatible);
-            put_u64(88, header.autoclear);
-            out[V3_LEN] = match header.compression {
-                CompressionType::Zlib => 0,
-                CompressionType::Zstd => 1,
-            };
+            BigEndian::write_u32(&mut out[16..], name.len() as u32);
         }
         Ok(out)
     }
 }
 
+impl Header {
+    /// The fields of the header without the place of the backing file name; with all that are known of its version.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let length = if self.version >= 3 { FULL_LEN } else { V2_LEN };
+        let mut out = vec![0; length];
+        out[..4].copy_from_slice(&MAGIC);
+        let mut put_u32 = |at: usize, value: u32| BigEndian::write_u32(&mut out[at..], value);
+        put_u32(4, self.version);
+        put_u32(20, self.geometry.cluster_bits());
+        put_u32(
+            32,
+            match self.crypt {
+                CryptMethod::None => 0,
+                CryptMethod::Aes => 1,
+                CryptMethod::Luks => 2,
+            },
+        );
+        if self.version >= 3 {
+            put_u32(100, length as u32);
+            out[V3_LEN] = match self.compression {
+                CompressionType::Zlib => 0,
+                CompressionType::Zstd => 1,
+            };
+        }
+        self.patch(&mut out);
+        out
+    }
+}
+
 /// The names that QEMU gives to the bits it knows.
-fn known_feature_names() -> Vec<FeatureName> {
+pub(super) fn known_feature_names() -> Vec<FeatureName> {
     use FeatureKind::{Autoclear, Compatible, Incompatible};
     [
         (Incompatible, 0, "dirty bit"),

@@ -1,5 +1,6 @@
 use byteorder::{BigEndian, ByteOrder};
 
+use super::header::known_feature_names;
 use super::{Extensions, HeaderArea};
 use crate::{FormatError, Limits};
 
@@ -19,23 +20,32 @@ pub struct HeaderWrite {
 
 impl HeaderArea {
     /// The writes that make this the header area of an image whose first cluster holds `old`: changed header fields,
-    /// extensions and backing file name. Fields of the header that are not known here stay as they are.
+    /// extensions and backing file name. Fields of the header that are not known here stay as they are, unless the version
+    /// changes.
     ///
     /// Between any two of them, and if one is cut short at a sector of 512 bytes, the image has its old or its new
-    /// extensions and name; feature names may be missing meanwhile. That cannot be kept up if extensions other than the
+    /// version, extensions and name; feature names may be missing meanwhile. That cannot be kept up if extensions other than the
     /// feature names reach past the first sector, or the cluster has no room for both names: then it is one write.
     ///
     /// # Errors
     /// For a damaged `old`, and if extensions and backing file name do not fit into the cluster.
     pub fn rewrite(&self, old: &[u8]) -> Result<Vec<HeaderWrite>, FormatError> {
         let was = Self::parse(old, &Limits::default())?;
-        let head = was.header.header_length as usize;
+        let old_head = was.header.header_length as usize;
+        let header = match self.header.version == was.header.version {
+            true => old.get(..old_head).unwrap_or_default().to_vec(),
+            false => self.header.encode(),
+        };
+        let head = header.len();
         let room = self.header.geometry.cluster_size() as usize;
         let name = self.backing_name.as_deref().unwrap_or_default();
         let bare =
             |extensions: &Extensions| Extensions { feature_names: Vec::new(), ..extensions.clone() }.encode();
         let (bare_old, bare_new) = (bare(&was.extensions), bare(&self.extensions));
-        let mut full = self.extensions.encode();
+        let mut full = match self.header.version > was.header.version {
+            true => Extensions { feature_names: known_feature_names(), ..self.extensions.clone() }.encode(),
+            false => self.extensions.encode(),
+        };
         if head + full.len() + name.len() > room {
             full.clone_from(&bare_new);
         }
@@ -56,6 +66,7 @@ impl HeaderArea {
         });
         // One sector is enough, or nothing better can be done.
         let at_once = |mut cluster: Vec<u8>, until: usize| {
+            put(&mut cluster, 0, &header);
             put(&mut cluster, head, &full);
             put(&mut cluster, end, name);
             self.point(&mut cluster, end);
@@ -69,7 +80,7 @@ impl HeaderArea {
         if name_at < old_name.end && old_name.start < name_at + name.len() {
             name_at = old_name.end.next_multiple_of(8);
         }
-        if head + bare_old.len().max(bare_new.len()) > SECTOR || name_at + name.len() > room {
+        if (old_head + bare_old.len()).max(head + bare_new.len()) > SECTOR || name_at + name.len() > room {
             return Ok(at_once(cluster, old_name.end));
         }
 
@@ -78,8 +89,9 @@ impl HeaderArea {
             let bytes = cluster.get(..SECTOR).unwrap_or_default().to_vec();
             writes.push(HeaderWrite { at: 0, bytes });
         };
-        put(&mut cluster, head, &bare_old);
+        put(&mut cluster, old_head, &bare_old);
         sector(&cluster);
+        put(&mut cluster, 0, &header);
         put(&mut cluster, head, &bare_new);
         self.point(&mut cluster, name_at);
         sector(&cluster);
@@ -172,6 +184,32 @@ mod tests {
                 // Feature names give way in small clusters.
                 assert!(bits == 9 || now.extensions == is.extensions, "{bits} {old} {new}");
                 assert_eq!(now.header.geometry, was.header.geometry);
+            }
+        }
+    }
+
+    #[test]
+    fn each_state_between_two_writes_has_the_old_or_the_new_version() {
+        let long = "x".repeat(700);
+        for (bits, name) in [(9, "base.qcow2"), (12, ""), (12, "base.qcow2"), (16, "base.qcow2"), (16, &long)]
+        {
+            let v3 = area(bits, name, if name.is_empty() { "" } else { "raw" });
+            let mut v2 = v3.clone();
+            v2.header.version = 2;
+            v2.extensions.feature_names.clear();
+            for (was, is) in [(&v3, &v2), (&v2, &v3)] {
+                let mut file = was.encode().unwrap();
+                for HeaderWrite { at, bytes } in is.rewrite(&file).unwrap() {
+                    for (index, sector) in bytes.chunks(SECTOR).enumerate() {
+                        put(&mut file, at as usize + index * SECTOR, sector);
+                        let now = HeaderArea::parse(&file, &Limits::default()).unwrap();
+                        assert_eq!(names(&now), names(was), "{bits} {name}");
+                        assert_eq!(now.header.l1_offset, was.header.l1_offset);
+                    }
+                }
+                let now = HeaderArea::parse(&file, &Limits::default()).unwrap();
+                assert_eq!(now.header.version, is.header.version);
+                assert!(bits == 9 || now.extensions == is.extensions, "{bits} {name}");
             }
         }
     }

@@ -2,13 +2,12 @@
 
 use std::collections::HashSet;
 
-use diskmill_format::qcow2::{Cluster, HeaderArea, Snapshot, feature};
+use diskmill_format::qcow2::{Cluster, Snapshot, feature};
 
 use super::Qcow2Writer;
-use super::meta::{Meta, SECTOR};
+use super::meta::Meta;
 use super::tables::{Entry, L1};
 use crate::error::{Error, Result};
-use crate::reader::read_full;
 
 /// Bytes of extra data that each snapshot of version 3 has (specification, "Snapshots"), with the instruction count.
 const SNAPSHOT_EXTRA: usize = 24;
@@ -31,7 +30,7 @@ impl Qcow2Writer {
             let new: Vec<Snapshot> = snapshots.iter().map(complete).collect();
             meta.switch(|meta| meta.put_snapshots(snapshots, &new.iter().collect::<Vec<_>>()))?;
         }
-        meta.replace_area(|area| area.header.version = 3)
+        meta.rewrite_area(|area| area.header.version = 3)
     }
 
     /// Makes the image one of version 2.
@@ -72,7 +71,7 @@ impl Qcow2Writer {
             tables.push(meta.l1_of(snapshot)?);
         }
         meta.expand_zeros(&tables, self.backed)?;
-        meta.replace_area(|area| {
+        meta.rewrite_area(|area| {
             area.header.version = 2;
             (area.header.compatible, area.header.autoclear) = (0, 0);
             area.extensions.feature_names.clear();
@@ -115,7 +114,7 @@ impl Qcow2Writer {
             return Err(Error::invalid("data_file is for images that have an external data file"));
         }
         let name = (!name.is_empty()).then(|| name.as_bytes().to_vec());
-        meta.replace_area(|area| area.extensions.data_file = name)
+        meta.rewrite_area(|area| area.extensions.data_file = name)
     }
 }
 
@@ -128,34 +127,6 @@ fn grown(extra: &[u8]) -> Vec<u8> {
 }
 
 impl Meta {
-    /// Writes a changed header with its extensions and the backing file name. All that fits into one sector, if need be
-    /// without the names of features, is written as one, and so all at once.
-    fn replace_area(&mut self, change: impl FnOnce(&mut HeaderArea)) -> Result<()> {
-        self.commit()?;
-        self.sync()?;
-        let mut area = self.area.clone();
-        change(&mut area);
-        let used = |bytes: &[u8]| bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
-        let whole = area.encode()?;
-        let bytes = match area.encode_without_feature_names()? {
-            compact if used(&whole) > SECTOR && used(&compact) <= SECTOR => compact,
-            _ => whole,
-        };
-        let end = used(&bytes).next_multiple_of(SECTOR).min(bytes.len());
-        self.disk.write(bytes.get(..end).unwrap_or(&bytes), 0)?;
-        self.disk.sync()?;
-        let mut cluster = vec![0; self.cluster_size() as usize];
-        let got = read_full(&**self.disk.storage(), &mut cluster, 0)?;
-        cluster.truncate(got);
-        self.area = HeaderArea::parse(&cluster, &self.limits)?;
-        self.entries = diskmill_format::qcow2::L2Codec::new(
-            self.geometry,
-            self.area.header.version,
-            self.data.is_some(),
-        );
-        Ok(())
-    }
-
     /// Replaces zero clusters, which version 2 does not know, by unallocated ones, or over a backing file by clusters that
     /// hold zeros, in all L2 tables that `l1s` refer to.
     fn expand_zeros(&mut self, l1s: &[L1], backed: bool) -> Result<()> {

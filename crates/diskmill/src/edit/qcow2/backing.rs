@@ -1,10 +1,10 @@
-//! Naming another backing file.
+//! Naming another backing file, and other changes of what stands in the first cluster.
 
-use diskmill_format::qcow2::HeaderArea;
+use diskmill_format::qcow2::{HeaderArea, HeaderWrite};
 
 use super::Qcow2Writer;
+use super::meta::Meta;
 use crate::error::{Error, Result};
-use crate::reader::read_full;
 
 impl Qcow2Writer {
     /// From now on zeros are written as over a backing file.
@@ -24,22 +24,28 @@ impl Qcow2Writer {
             let message = format!("a backing file name of {} bytes; at most {most} fit", name.len());
             return Err(Error::invalid(message));
         }
-        meta.commit()?;
-        meta.sync()?;
-        // At most 2 MiB.
-        let mut cluster = vec![0; meta.cluster_size() as usize];
-        let got = read_full(&**meta.disk.storage(), &mut cluster, 0)?;
-        cluster.truncate(got);
-        let mut area = HeaderArea::parse(&cluster, &meta.limits)?;
-        area.backing_name = name.map(|name| name.as_bytes().to_vec());
-        area.extensions.backing_format = format.map(|format| format.as_bytes().to_vec());
-        for write in area.rewrite(&cluster)? {
-            meta.disk.write(&write.bytes, write.at)?;
-            meta.disk.sync()?;
-        }
-        let got = read_full(&**meta.disk.storage(), &mut cluster, 0)?;
-        cluster.truncate(got);
-        meta.area = HeaderArea::parse(&cluster, &meta.limits)?;
-        Ok(())
+        meta.rewrite_area(|area| {
+            area.backing_name = name.map(|name| name.as_bytes().to_vec());
+            area.extensions.backing_format = format.map(|format| format.as_bytes().to_vec());
+        })
+    }
+}
+
+impl Meta {
+    /// Writes a changed header with its extensions and the backing file name. A crash leaves the old ones or the new ones,
+    /// as far as [`HeaderArea::rewrite`] says. All that was written before is durable then.
+    pub(super) fn rewrite_area(&mut self, change: impl FnOnce(&mut HeaderArea)) -> Result<()> {
+        self.commit()?;
+        self.sync()?;
+        let cluster = self.first_cluster()?;
+        let mut area = HeaderArea::parse(&cluster, &self.limits)?;
+        change(&mut area);
+        let write = |write: HeaderWrite| -> Result<()> {
+            self.disk.write(&write.bytes, write.at)?;
+            self.disk.sync()
+        };
+        let done = area.rewrite(&cluster)?.into_iter().try_for_each(write);
+        // Whatever the file has now is what later changes are about.
+        done.and(self.read_area())
     }
 }

@@ -4,7 +4,6 @@ use diskmill_format::qcow2::{BitmapsPlace, feature};
 
 use super::meta::{Meta, SECTOR};
 use crate::error::{Error, Kind, Result};
-use crate::reader::read_full;
 
 impl Meta {
     /// Makes the header name another bitmap directory (bitmaps, offset, bytes), or none. Barriers come before and after.
@@ -16,11 +15,9 @@ impl Meta {
         if self.cluster_size() == SECTOR as u64 {
             return self.replace_header(directory);
         }
-        let mut cluster = vec![0; self.cluster_size() as usize];
-        let got = read_full(&**self.disk.storage(), &mut cluster, 0)?;
-        cluster.truncate(got);
+        let cluster = self.first_cluster()?;
         let header = &self.area.header;
-        let end = header.backing_name.map_or(got as u64, |(at, _)| at);
+        let end = header.backing_name.map_or(cluster.len() as u64, |(at, _)| at);
         let place = BitmapsPlace::find(&cluster, header.header_length.into()..end);
         match (directory, place) {
             (None, place) => {

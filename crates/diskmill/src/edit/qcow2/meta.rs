@@ -9,7 +9,7 @@ use diskmill_format::{HostOffset, Limits};
 use super::cache::{Cache, Class};
 use crate::edit::disk::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::reader::read_exact;
+use crate::reader::{read_exact, read_full};
 use crate::tables::SLICE;
 
 /// References to be given up that are held back until the next commit, at most about.
@@ -303,12 +303,26 @@ impl Meta {
         self.lowers.clear();
         self.packed_tail = None;
         self.hint = 0;
-        let mut cluster = vec![0; self.cluster_size() as usize];
-        let got = crate::reader::read_full(&**self.disk.storage(), &mut cluster, 0)?;
-        cluster.truncate(got);
-        self.area = HeaderArea::parse(&cluster, &self.limits)?;
-        self.width = self.area.header.refcount_width;
+        self.read_area()?;
         self.read_blocks()
+    }
+
+    /// The first cluster, or as much of it as the file has.
+    pub(super) fn first_cluster(&self) -> Result<Vec<u8>> {
+        // At most 2 MiB.
+        let mut cluster = vec![0; self.cluster_size() as usize];
+        let got = read_full(&**self.disk.storage(), &mut cluster, 0)?;
+        cluster.truncate(got);
+        Ok(cluster)
+    }
+
+    /// Takes notice of the header that is in the file.
+    pub(super) fn read_area(&mut self) -> Result<()> {
+        self.area = HeaderArea::parse(&self.first_cluster()?, &self.limits)?;
+        let header = &self.area.header;
+        self.width = header.refcount_width;
+        self.entries = L2Codec::new(self.geometry, header.version, header.has(feature::DATA_FILE));
+        Ok(())
     }
 
     /// In a switch: writes new tables early, since nothing points to them, if there are many.
