@@ -24,27 +24,28 @@ RUN apt-get update \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/*
 
-# The appliance is made once, here, by emulation, and cut to what it needs: its disk is sparse, which layers are not.
-# The kernel goes again: the appliance has it, with its modules.
+COPY --from=build /out/diskmill /usr/local/bin/diskmill
+
+# The appliance is made once, here, and cut to what it needs: its disk is sparse, which layers are not.
+# The kernel goes again: the appliance has it, with its modules. Whether it starts is tried below, by the user it is for.
 # hadolint ignore=DL3008
 RUN appliance=/usr/lib/diskmill/appliance \
     && apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        libguestfs-tools "linux-image-$(dpkg --print-architecture)" \
-    && LIBGUESTFS_BACKEND=direct LIBGUESTFS_BACKEND_SETTINGS=force_tcg LIBGUESTFS_CACHEDIR=/var/tmp \
-        libguestfs-make-fixed-appliance "$appliance" \
+        "linux-image-$(dpkg --print-architecture)" \
+    && diskmill fs prepare --into "$appliance" --no-start \
     && { e2fsck -fy "$appliance/root" || [ $? -eq 1 ]; } \
     && resize2fs "$appliance/root" 1G \
     && truncate -s 1G "$appliance/root" \
     && chmod -R a+rX "$appliance" \
-    && DEBIAN_FRONTEND=noninteractive apt-get purge -y --auto-remove libguestfs-tools 'linux-image-*' \
+    && DEBIAN_FRONTEND=noninteractive apt-get purge -y --auto-remove 'linux-image-*' \
     && apt-get clean \
-    && rm -rf /var/lib/apt/lists/* /var/tmp/.guestfs-*
+    && rm -rf /var/lib/apt/lists/*
 
-COPY --from=build /out/diskmill /usr/local/bin/diskmill
-
+# The program that runs it is QEMU with a processor that is cheap to emulate.
 ENV LIBGUESTFS_BACKEND=direct \
-    LIBGUESTFS_PATH=/usr/lib/diskmill/appliance
+    LIBGUESTFS_PATH=/usr/lib/diskmill/appliance \
+    LIBGUESTFS_HV=/usr/lib/diskmill/appliance/hv
 
 RUN useradd --create-home --uid 1000 diskmill
 USER 1000

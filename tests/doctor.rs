@@ -42,7 +42,7 @@ fn each_thing_that_is_missing_is_a_problem_with_its_remedy() {
         ("kernel", ("SUPERMIN_KERNEL", "/nowhere/vmlinuz"), "set all three"),
         ("cache", ("LIBGUESTFS_CACHEDIR", "/nowhere"), "LIBGUESTFS_CACHEDIR"),
         ("tmp", ("LIBGUESTFS_TMPDIR", "/nowhere"), "LIBGUESTFS_TMPDIR"),
-        ("appliance", ("LIBGUESTFS_PATH", "/nowhere"), "libguestfs-make-fixed-appliance"),
+        ("appliance", ("LIBGUESTFS_PATH", "/nowhere"), "fs prepare --into"),
         ("settings", ("LIBGUESTFS_MEMSIZE", "much"), "whole number"),
     ];
     for (check, env, remedy) in problems {
@@ -127,21 +127,76 @@ fn leftovers_are_listed_and_removed_only_when_told() {
     fs::set_permissions(&sockets, fs::Permissions::from_mode(0o700)).unwrap();
     let alive = UnixListener::bind(sockets.join("alive")).unwrap();
     drop(UnixListener::bind(sockets.join("dead")).unwrap());
-    let served = dir.join("diskmill-nbd-x1");
+    let served = sockets.join("disk-x1");
     fs::create_dir(&served).unwrap();
     drop(UnixListener::bind(served.join("disk")).unwrap());
     // What is not ours to remove.
-    symlink(dir, dir.join("diskmill-nbd-x2")).unwrap();
+    symlink(dir, sockets.join("disk-x2")).unwrap();
+    // A socket that is this young may belong to a server that is about to listen.
+    assert_eq!(status(&doctor(dir).args(["--json", "leftovers"]).ok().json(), "leftovers"), "ok");
+    std::thread::sleep(Duration::from_millis(1100));
     let report = doctor(dir).args(["--json", "leftovers"]).ok().json();
     let found = report["checks"][0]["found"].as_str().unwrap();
-    for (name, listed) in [("nbd/dead", true), ("nbd-x1/disk", true), ("alive", false), ("x2", false)] {
+    for (name, listed) in [("nbd/dead", true), ("disk-x1/disk", true), ("alive", false), ("x2", false)] {
         assert_eq!(found.contains(name), listed, "{name}: {found}");
     }
     assert!(served.exists());
     let _ = doctor(dir).args(["leftovers", "--fix"]).ok();
     assert!(!served.exists() && !sockets.join("dead").exists());
-    assert!(sockets.join("alive").exists() && dir.join("diskmill-nbd-x2").exists());
+    assert!(sockets.join("alive").exists() && sockets.join("disk-x2").exists());
     drop(alive);
+}
+
+#[test]
+fn any_command_sweeps_the_sockets_of_killed_runs() {
+    let dir = scratch();
+    let dir = dir.path();
+    let sockets = dir.join("diskmill-nbd");
+    fs::create_dir(&sockets).unwrap();
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o700)).unwrap();
+    for words in [&["session", "list"][..], &["fs", "ls", "none"]] {
+        let alive = UnixListener::bind(sockets.join("alive")).unwrap();
+        drop(UnixListener::bind(sockets.join("dead")).unwrap());
+        std::thread::sleep(Duration::from_millis(1100));
+        let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(words).dir(dir);
+        let _ = cmd.env("XDG_RUNTIME_DIR", dir).run();
+        assert!(!sockets.join("dead").exists(), "{words:?}");
+        fs::remove_file(sockets.join("alive")).expect("it was not to be removed");
+        drop(alive);
+    }
+}
+
+#[test]
+fn a_prepared_appliance_is_told_with_its_age_and_whether_it_fits() {
+    let dir = scratch();
+    let dir = dir.path();
+    let folder = dir.join(".cache/diskmill/appliance");
+    fs::create_dir_all(&folder).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+    let says = |status: &str, words: &[&str]| {
+        let report = doctor(dir).args(["--json", "appliance"]).ok().json();
+        let found = report["checks"][0]["found"].as_str().unwrap();
+        assert!(
+            report["checks"][0]["status"] == status && words.iter().all(|word| found.contains(word)),
+            "{report}"
+        );
+    };
+    says("note", &["not used", "not whole"]);
+    fs::write(dir.join("part"), "").unwrap();
+    let record = |was: &str| serde_json::json!({ "made_of": { dir.join("part").to_str().unwrap(): was }, "packed": null });
+    fs::write(folder.join("diskmill.json"), record("9 9").to_string()).unwrap();
+    says("note", &["not used", "part has changed"]);
+    let meta = fs::metadata(dir.join("part")).unwrap();
+    let identity = format!("0 {}", std::os::unix::fs::MetadataExt::mtime(&meta));
+    fs::write(folder.join("diskmill.json"), record(&identity).to_string()).unwrap();
+    says("ok", &["prepared, 0 days ago"]);
+    // Nothing else is needed then.
+    let others = ["supermin", "kernel", "cache"];
+    let report = doctor(dir).arg("--json").args(others).env("PATH", "/nowhere").ok().json();
+    assert!(others.iter().all(|name| status(&report, name) == "ok"), "{report}");
+    // Somebody else could have put something into it.
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+    says("note", &["not used", "only this user"]);
 }
 
 #[test]

@@ -1,107 +1,19 @@
 //! Sessions that are kept between commands, and the appliance that is prepared for them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use std::fs::{self, File, Permissions};
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+#[allow(dead_code, reason = "not every test needs all of it")]
+#[path = "support/kept.rs"]
+mod kept;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
-use diskmill_testkit::{Cmd, Tool, require_program, scratch, skip};
-use rustix::process::{Pid, Signal, kill_process};
+use diskmill_testkit::{Cmd, require_program, scratch};
+use kept::Kept;
 
 /// The longest time that a command may take on a session that is kept.
 const SECOND_CALL: Duration = Duration::from_millis(50);
-
-/// The program in a folder with an image and run-time folders of its own; its sessions end with it.
-struct Kept {
-    dir: PathBuf,
-}
-
-impl Kept {
-    fn new(dir: &Path) -> Option<Self> {
-        for program in ["guestfish", "qemu-system-x86_64", "sfdisk", "mke2fs", "debugfs"] {
-            require_program(program)?;
-        }
-        let kernels = fs::read_dir("/boot").into_iter().flatten().flatten();
-        if !kernels.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with("vmlinuz")) {
-            skip("no kernel in /boot for libguestfs' appliance");
-            return None;
-        }
-        fs::create_dir(dir.join("run")).unwrap();
-        fs::set_permissions(dir.join("run"), Permissions::from_mode(0o700)).unwrap();
-        fs::create_dir_all(dir.join("root/etc")).unwrap();
-        fs::write(dir.join("root/etc/hostname"), "kept\n").unwrap();
-        File::create(dir.join("disk.raw")).unwrap().set_len(64 << 20).unwrap();
-        let table = b"label: gpt\nstart=2048, type=linux\n".to_vec();
-        let _ = Cmd::new("sfdisk").args(["-q", "disk.raw"]).stdin_bytes(table).dir(dir).ok();
-        let words = ["-q", "-t", "ext4", "-d", "root", "-E", "offset=1048576", "disk.raw", "60M"];
-        let _ = Cmd::new("mke2fs").args(words).dir(dir).ok();
-        Some(Self { dir: dir.to_owned() })
-    }
-
-    fn run(&self, words: &[&str]) -> Cmd {
-        let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(words);
-        cmd.dir(&self.dir)
-            .limit(Duration::from_secs(300))
-            .env("LIBGUESTFS_BACKEND", "direct")
-            .env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
-            .env("XDG_RUNTIME_DIR", self.dir.join("run"))
-    }
-
-    fn list(&self) -> Vec<serde_json::Value> {
-        self.run(&["session", "list", "--json"]).ok().json().as_array().unwrap().clone()
-    }
-
-    /// The processes of this folder's sessions whose command line has `word` in it.
-    fn processes(&self, word: &str) -> Vec<i32> {
-        let pids = fs::read_dir("/proc").unwrap().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let has = |pid: &i32| {
-            let read = |name| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            let text = [read("cmdline"), read("environ")].concat();
-            let ours = self.dir.join("run").to_string_lossy().into_owned();
-            String::from_utf8_lossy(&text).contains(&ours)
-                && String::from_utf8_lossy(&read("cmdline")).contains(word)
-        };
-        pids.filter(has).collect()
-    }
-
-    fn kill(&self, word: &str) {
-        let found = self.processes(word);
-        assert!(!found.is_empty(), "no process of {word}");
-        for pid in found {
-            let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
-        }
-    }
-
-    /// Waits until nothing of a session is left.
-    fn assert_gone(&self, limit: Duration) {
-        let end = Instant::now() + limit;
-        loop {
-            let left = [self.processes("guestf"), self.processes("qemu-system")].concat();
-            let sockets = self.sockets();
-            if left.is_empty() && sockets.is_empty() && self.list().is_empty() {
-                break;
-            }
-            assert!(Instant::now() < end, "still there: {left:?} {sockets:?}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        assert_eq!(fs::read_dir(self.dir.join("run/diskmill")).unwrap().count(), 0);
-    }
-
-    fn sockets(&self) -> Vec<std::path::PathBuf> {
-        let entries = fs::read_dir(self.dir.join("run/diskmill-nbd")).into_iter().flatten().flatten();
-        entries.filter(|entry| entry.file_type().unwrap().is_socket()).map(|entry| entry.path()).collect()
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        for pid in [self.processes("guestf"), self.processes("qemu-system")].concat() {
-            let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
-        }
-    }
-}
 
 /// The fastest of some tries: what the machine does besides is no fault of ours.
 fn fastest(mut one: impl FnMut()) -> Duration {
@@ -165,15 +77,14 @@ fn a_session_serves_readers_until_its_image_changes() {
     kept.run(&["fs", "cat", "disk.raw", "/none"]).fails(1).says(&["No such file"]);
     assert_eq!(kept.list()[0]["id"], started["id"]);
 
-    // The server of its image is gone.
+    // The server of its image is gone. Killed, it leaves its socket, which the next command removes.
     let stale = kept.sockets();
     kept.kill("guestfs-companion");
-    // Killed, it leaves its socket.
-    stale.iter().for_each(|socket| fs::remove_file(socket).unwrap_or_default());
     let outcome = kept.run(&["fs", "ls", "--keep", "disk.raw", "/etc"]).ok();
     outcome.says(&["the server of its image has ended"]);
     assert_eq!(outcome.out(), "hostname\n");
     assert_ne!(kept.list()[0]["id"], started["id"]);
+    assert!(kept.sockets().iter().all(|socket| !stale.contains(socket)), "{stale:?}");
 
     // The image is another one now.
     fs::copy(kept.dir.join("disk.raw"), kept.dir.join("other.raw")).unwrap();
@@ -226,6 +137,45 @@ fn a_session_that_writes_is_alone() {
     kept.assert_gone(Duration::from_secs(30));
 }
 
+/// QEMU cannot write to a VMDK of ours: the session's server does.
+#[test]
+fn a_session_that_writes_to_a_vmdk() {
+    let dir = scratch();
+    let Some(kept) = Kept::new(dir.path()) else { return };
+    let _ = kept.run(&["convert", "-O", "vmdk", "disk.raw", "disk.vmdk"]).ok();
+    // An option before the verb is one of the verb.
+    let put = |content: &str| {
+        kept.run(&["fs", "--keep", "put", "-q", "disk.vmdk", "-", "/etc/new"]).stdin_bytes(content.into())
+    };
+    let _ = put("one").ok();
+    let session = kept.list();
+    assert_eq!((session.len(), &session[0]["writable"]), (1, &true.into()), "{session:?}");
+    let _ = put("two").ok();
+    assert_eq!(kept.run(&["fs", "cat", "disk.vmdk", "/etc/new"]).ok().out(), "two");
+    let id = session[0]["id"].as_str().unwrap();
+    assert_eq!(kept.list()[0]["id"], id);
+    kept.run(&["fs", "cat", "-f", "raw", "disk.vmdk", "/etc/new"]).fails(1).says(&["as vmdk"]);
+    kept.run(&["fs", "grow", "disk.vmdk", "+1M"]).fails(1).says(&[&format!("session stop {id}")]);
+    let _ = kept.run(&["session", "stop", id]).ok();
+    // The server lets go of the image at once.
+    let stored = |want: &str| {
+        kept.assert_gone(Duration::from_secs(1));
+        let _ = kept.run(&["check", "disk.vmdk"]).ok();
+        let _ = kept.run(&["convert", "-O", "raw", "disk.vmdk", "back.raw"]).ok();
+        let cat = Cmd::new("debugfs").args(["-R", "cat /etc/new", "back.raw?offset=1048576"]);
+        assert_eq!(cat.dir(&kept.dir).ok().out(), want);
+    };
+    stored("two");
+
+    // A server that is killed takes nothing with it that was written before.
+    let _ = put("three").ok();
+    kept.kill("guestfs-companion");
+    let outcome = kept.run(&["fs", "cat", "disk.vmdk", "/etc/new"]).ok();
+    outcome.says(&["the server of its image has ended"]);
+    assert_eq!(outcome.out(), "three");
+    stored("three");
+}
+
 #[test]
 fn an_appliance_is_prepared_once() {
     let dir = scratch();
@@ -249,11 +199,15 @@ fn an_appliance_is_prepared_once() {
     assert!(arguments.contains("-cpu qemu64"), "{arguments}");
     let _ = run(&["session", "stop", "--all"]).ok();
 
+    let report = run(&["doctor", "--json", "appliance", "kernel"]).ok().json();
+    let found = report["checks"][0]["found"].as_str().unwrap();
+    assert!(found.starts_with("prepared, 0 days ago"), "{report}");
+
     // Not if it is made of something else, or others may write to it.
     let record = folder.join("diskmill.json");
     let text = fs::read_to_string(&record).unwrap();
     fs::write(&record, text.replace("vmlinuz", "vmlinuz-old")).unwrap();
-    fs::set_permissions(&folder, Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
     assert_eq!(run(&["fs", "prepare", "--json", "--remove"]).ok().json()["removed"], true);
     assert!(!folder.exists());
     assert_eq!(run(&["fs", "prepare", "--json", "--remove"]).ok().json()["removed"], false);

@@ -37,7 +37,7 @@ mod verify;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser as _};
 
 use args::{Cli, Command};
 
@@ -46,7 +46,8 @@ fn main() -> ExitCode {
     if qemu_img::is_called(args.next().as_deref()) {
         return qemu_img::main(args.collect());
     }
-    let outcome = match Cli::parse().command {
+    let words = fs::order::verb_first(std::env::args_os().collect(), Cli::command);
+    let outcome = match Cli::parse_from(words).command {
         Command::Convert(args) => convert::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),

@@ -8,8 +8,10 @@ use serde_json::{Value, json};
 
 use crate::exit::{Exit, Failure};
 use crate::fs::args::GuestArgs;
-use crate::fs::guest::{Access, Guest, failure};
-use crate::fs::kept::is_writable;
+use crate::fs::failure::failure;
+use crate::fs::guest::{Access, Guest};
+use crate::fs::kept::{closed, is_writable};
+use crate::fs::leftovers;
 use crate::fs::output::print_json;
 use crate::fs::table::Table;
 use crate::names;
@@ -75,6 +77,7 @@ struct StopArgs {
 }
 
 pub(crate) fn run(args: SessionArgs) -> Result<Exit, Failure> {
+    leftovers::sweep();
     match args.verb {
         Verb::Start(args) => start(*args),
         Verb::List(args) => list(&args),
@@ -138,11 +141,11 @@ fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let mut exit = Exit::Done;
     let mut stopped = Vec::new();
     for kept in wanted {
-        match kept.stop() {
+        match kept.stop().map_err(|error| failure(&error)).and_then(|()| closed(kept)) {
             Ok(()) => stopped.push(kept.id()),
-            Err(error) => {
+            Err(failure) => {
                 exit = Exit::Failed;
-                eprintln!("diskmill: {}", failure(&error).message.unwrap_or_default());
+                eprintln!("diskmill: {}", failure.message.unwrap_or_default());
             }
         }
     }

@@ -1,6 +1,6 @@
 //! What the machine and its kernel offer.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use diskmill::{EngineChoice, EnginePlan};
@@ -10,6 +10,7 @@ use rustix::process::{Resource, getrlimit};
 use super::programs::find;
 use super::report::{Check, Topic, size};
 use super::{DoctorArgs, Machine};
+use crate::fs::memory::free;
 
 /// libguestfs' own default on x86-64 (guestfs(3), "guestfs_set_memsize"), in MiB.
 const MEMSIZE: u32 = 1280;
@@ -77,11 +78,9 @@ pub(super) fn fuse() -> Check {
 
 pub(super) fn memory(machine: &Machine) -> Check {
     let wanted = u64::from(machine.settings.memory_mib.unwrap_or(MEMSIZE)) << 20;
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let Some(free) = available(&meminfo) else {
+    let Some(free) = free() else {
         return Check::note(Topic::Memory, "/proc/meminfo does not tell", "mount /proc");
     };
-    let free = cgroup_room().map_or(free, |room| room.min(free));
     let found = format!("{} available, an appliance may take {}", size(free), size(wanted));
     if free < LEAST_MEMORY {
         Check::problem(
@@ -99,27 +98,6 @@ pub(super) fn memory(machine: &Machine) -> Check {
     } else {
         Check::ok(Topic::Memory, found)
     }
-}
-
-/// `MemAvailable`, in bytes (proc(5)).
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-/// What the control groups leave us, in bytes: version 2, and the one mount of version 1.
-fn cgroup_room() -> Option<u64> {
-    let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    let second = Path::new("/sys/fs/cgroup").join(path);
-    let second = second.ancestors().take_while(|dir| dir.starts_with("/sys/fs/cgroup"));
-    let second = second.map(|dir| (dir.join("memory.max"), dir.join("memory.current")));
-    let first = Path::new("/sys/fs/cgroup/memory");
-    let first = (first.join("memory.limit_in_bytes"), first.join("memory.usage_in_bytes"));
-    let rooms =
-        second.chain([first]).filter_map(|(max, used)| Some(number(&max)?.saturating_sub(number(&used)?)));
-    rooms.min()
 }
 
 pub(super) fn io_uring() -> Check {
@@ -171,20 +149,5 @@ pub(super) fn limits() -> Check {
         Check::note(Topic::Limits, found, "`ulimit -l 8192`, if io_uring is refused")
     } else {
         Check::ok(Topic::Limits, found)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn meminfo_is_read() {
-        assert_eq!(available("MemTotal: 3 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
-        for wrong in
-            ["", "MemAvailable: x kB\n", "MemAvailable: 5\n", "MemAvailable: 99999999999999999999 kB"]
-        {
-            assert_eq!(available(wrong), None, "{wrong}");
-        }
     }
 }

@@ -12,7 +12,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use diskmill_guestfs::{Settings, kvm};
+use diskmill_guestfs::{Preparation, Prepared, Settings, kvm};
 use serde_json::{Value, json};
 
 use crate::exit::{Exit, Failure};
@@ -69,20 +69,33 @@ struct Machine {
     shown: Vec<Setting>,
     /// Emulation was asked for.
     forced_by_user: bool,
+    prepared: Preparation,
 }
 
 impl Machine {
     fn new(args: &SettingsArgs) -> Result<Self, Failure> {
         let (settings, shown) = settings::asked_for(args)?;
-        Ok(Self { forced_by_user: settings.forces_emulation(), settings, shown })
+        let prepared = Prepared::look();
+        Ok(Self { forced_by_user: settings.forces_emulation(), settings, shown, prepared })
     }
 
     fn qemu(&self) -> Option<PathBuf> {
         kvm::qemu(&self.settings)
     }
 
+    /// The prepared appliance, if the settings let it be used.
+    fn prepared(&self) -> Option<&Prepared> {
+        let Preparation::Fit(prepared) = &self.prepared else { return None };
+        let mut settings = self.settings.clone();
+        prepared.apply(&mut settings);
+        (settings.appliance.as_deref() == Some(prepared.folder())).then_some(prepared)
+    }
+
     /// The folder of a complete appliance that is used as it is (guestfs(3), "FIXED APPLIANCE").
     fn fixed_appliance(&self) -> Option<PathBuf> {
+        if let Some(prepared) = self.prepared() {
+            return Some(prepared.folder().to_owned());
+        }
         let complete = |dir: &PathBuf| {
             ["README.fixed", "kernel", "initrd", "root"].iter().all(|name| dir.join(name).exists())
         };

@@ -1,15 +1,14 @@
-//! Folders: the appliance and its cache, temporary files, and what killed runs have left there.
+//! Folders: the appliance and its cache, temporary files, and what killed runs have left.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use diskmill_guestfs::Preparation;
 use rustix::process::geteuid;
 
 use super::Machine;
 use super::report::{Check, Topic, size};
-use crate::fs::drive::run_folder;
+use crate::fs::leftovers::Leftovers;
 
 /// What an appliance takes in the cache, in bytes.
 const APPLIANCE: u64 = 512 << 20;
@@ -17,6 +16,19 @@ const APPLIANCE: u64 = 512 << 20;
 const OVERLAYS: u64 = 256 << 20;
 
 pub(super) fn appliance(machine: &Machine) -> Check {
+    if let Some(prepared) = machine.prepared() {
+        let age = prepared.built().and_then(|at| at.elapsed().ok());
+        let age = age.map_or(String::new(), |age| format!(", {} days ago", age.as_secs() / (24 * 3600)));
+        let found = format!("prepared{age}, in {}", prepared.folder().display());
+        return match prepared.packed() {
+            None => Check::ok(Topic::Appliance, found),
+            Some(reason) => Check::note(
+                Topic::Appliance,
+                format!("{found}: each start unpacks its kernel: {reason}"),
+                "nothing: it starts a little slower",
+            ),
+        };
+    }
     if let Some(fixed) = machine.fixed_appliance() {
         return Check::ok(Topic::Appliance, format!("fixed, in {}", fixed.display()));
     }
@@ -24,16 +36,24 @@ pub(super) fn appliance(machine: &Machine) -> Check {
         return Check::problem(
             Topic::Appliance,
             format!("LIBGUESTFS_PATH={}: neither supermin.d nor a fixed appliance there", path.display()),
-            "unset it, or make one: `libguestfs-make-fixed-appliance DIR`",
+            "unset it, or make one: `diskmill fs prepare --into DIR`",
         )
         .or_ok(has_supermin(path).then(|| format!("built by supermin from {}", path.display())));
     }
     let built = cache(machine).join(format!(".guestfs-{}/appliance.d/root", geteuid().as_raw()));
-    match built.metadata() {
-        Ok(_) => Check::ok(Topic::Appliance, format!("built, {}", built.display())),
-        Err(_) => Check::ok(
+    let found = match built.metadata() {
+        Ok(_) => format!("built, {}", built.display()),
+        Err(_) => "not built yet: the first command builds it, which takes some seconds".to_owned(),
+    };
+    match &machine.prepared {
+        Preparation::Unfit { folder, reason } => Check::note(
             Topic::Appliance,
-            "not built yet: the first command builds it, which takes some seconds",
+            format!("{found}; the prepared one in {} is not used: {reason}", folder.display()),
+            "`diskmill fs prepare` builds it anew, and `fs prepare --remove` removes it",
+        ),
+        _ => Check::ok(
+            Topic::Appliance,
+            format!("{found}; `diskmill fs prepare` makes one that starts faster"),
         ),
     }
 }
@@ -113,44 +133,9 @@ fn room(topic: Topic, dir: &Path, least: u64, variable: &str) -> Check {
     }
 }
 
-/// What killed runs have left.
-struct Leftovers {
-    /// Folders of sessions, with whatever may still run for them.
-    sessions: Vec<PathBuf>,
-    files: Vec<PathBuf>,
-}
-
-impl Leftovers {
-    fn find() -> Self {
-        let listening = listening();
-        let mut files =
-            dead_guestfish_sockets(&PathBuf::from(format!("/tmp/.guestfish-{}", geteuid().as_raw())));
-        if let Ok(folder) = run_folder() {
-            let sockets = ours(&folder).filter(|(path, kind)| kind.is_socket() && !listening.contains(path));
-            files.extend(sockets.map(|(path, _)| path));
-        }
-        for (path, kind) in ours(&std::env::temp_dir()) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            // The folders of images served to an appliance; the disks of boot tests.
-            let served = kind.is_dir() && name.starts_with("diskmill-nbd-");
-            if served && path.join("disk").exists() && !listening.contains(&path.join("disk")) {
-                files.push(path.join("disk"));
-                files.push(path);
-            } else if kind.is_file() && name.starts_with("diskmill-boot-") && is_old(&path) {
-                files.push(path);
-            }
-        }
-        Self { sessions: diskmill_guestfs::leftovers(), files }
-    }
-
-    fn all(&self) -> Vec<String> {
-        self.sessions.iter().chain(&self.files).map(|path| path.display().to_string()).collect()
-    }
-}
-
 pub(super) fn leftovers(fix: bool) -> Check {
     let found = Leftovers::find();
-    let names = found.all();
+    let names = found.names();
     if names.is_empty() {
         return Check::ok(Topic::Leftovers, "none");
     }
@@ -158,80 +143,21 @@ pub(super) fn leftovers(fix: bool) -> Check {
         return Check::note(
             Topic::Leftovers,
             format!("of killed runs: {}", names.join(", ")),
-            "`diskmill doctor --fix` removes them, and ends what still runs for them",
+            "`diskmill doctor --fix`, and the next `fs` command, removes them and ends what still runs for them",
         );
     }
-    diskmill_guestfs::sweep();
-    let removed = found.files.iter().map(|path| match path.is_dir() {
-        true => fs::remove_dir(path),
-        false => fs::remove_file(path),
-    });
-    let failed = removed.filter_map(Result::err).find(|error| error.kind() != io::ErrorKind::NotFound);
-    match failed {
-        None => Check::ok(Topic::Leftovers, format!("removed: {}", names.join(", "))),
-        Some(error) => {
+    match found.remove() {
+        Ok(()) => Check::ok(Topic::Leftovers, format!("removed: {}", names.join(", "))),
+        Err(error) => {
             Check::note(Topic::Leftovers, format!("cannot be removed: {error}"), "remove them by hand")
         }
     }
 }
 
-/// The entries of `dir` that belong to this user, with what they are.
-fn ours(dir: &Path) -> impl Iterator<Item = (PathBuf, fs::FileType)> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter_map(|entry| {
-        let found = entry.path().symlink_metadata().ok()?;
-        (found.uid() == geteuid().as_raw()).then(|| (entry.path(), found.file_type()))
-    })
-}
-
-/// `socket-PID` of guestfish processes that are gone. Not tried by connecting: that would end a server that lives.
-fn dead_guestfish_sockets(folder: &Path) -> Vec<PathBuf> {
-    let dead = |path: &Path| {
-        let name = path.file_name()?.to_str()?;
-        let pid: u32 = name.strip_prefix("socket-")?.parse().ok()?;
-        (!Path::new("/proc").join(pid.to_string()).exists()).then_some(())
-    };
-    ours(folder)
-        .filter(|(path, kind)| kind.is_socket() && dead(path).is_some())
-        .map(|(path, _)| path)
-        .collect()
-}
-
-/// The names of all Unix sockets that exist in the kernel (proc(5), `/proc/net/unix`).
-fn listening() -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    // Seven columns, then the name, which may have spaces.
-    table
-        .lines()
-        .filter_map(|line| line.find(" /").and_then(|at| line.get(at + 1..)))
-        .map(PathBuf::from)
-        .collect()
-}
-
-fn is_old(path: &Path) -> bool {
-    let age = path.metadata().and_then(|found| found.modified()).ok().and_then(|at| at.elapsed().ok());
-    age.is_some_and(|age| age > std::time::Duration::from_secs(300))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
-
     use super::super::report::Status;
     use super::*;
-
-    #[test]
-    fn sockets_of_dead_processes_are_told_from_those_of_the_living() {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = |name: &str| UnixListener::bind(dir.path().join(name)).unwrap();
-        let _kept = (socket(&format!("socket-{}", std::process::id())), socket("socket-x"));
-        // No process has such a number (proc(5), pid_max).
-        drop(socket("socket-99999999"));
-        fs::write(dir.path().join("socket-99999998"), "").unwrap();
-        assert_eq!(dead_guestfish_sockets(dir.path()), [dir.path().join("socket-99999999")]);
-        assert!(listening().contains(&dir.path().join("socket-x")));
-        assert!(!listening().contains(&dir.path().join("socket-99999999")));
-    }
 
     #[test]
     fn room_is_measured_where_it_can_be_used() {

@@ -258,7 +258,14 @@ fn put_file(
         }
     };
     let mut counted = Counted { inner: &mut *input, bytes: 0 };
-    guest.upload(&mut counted, to)?;
+    let fresh = guest.lstat_if_there(to)?.is_none();
+    if let Err(failure) = guest.upload(&mut counted, to) {
+        if fresh {
+            // Half a file is of no use, and may fill the disk.
+            let _ = guest.try_call(Command::new("rm-f").arg(to));
+        }
+        return Err(failure);
+    }
     let bytes = counted.bytes;
     let mode = args.mode.or(meta.map(|meta| meta.mode() & 0o7777)).unwrap_or(0o644);
     let (user, group) = match (args.owner.unwrap_or_default(), meta) {

@@ -5,9 +5,12 @@ use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command as Process, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use diskmill::qcow2::CryptMethod;
@@ -26,6 +29,12 @@ use crate::say;
 
 /// The hidden subcommand that serves an image to an appliance which outlives the program.
 const COMPANION: &str = "guestfs-companion";
+
+/// How long an image's server may take to close it when its session or mount has ended.
+const CLOSING: Duration = Duration::from_secs(20);
+const RETRY: Duration = Duration::from_millis(2);
+/// The socket of a server that ends with its program, in a folder of its own.
+pub(crate) const SOCKET: &str = "disk";
 
 /// An image as a disk of the appliance.
 pub(crate) struct Drive {
@@ -64,18 +73,13 @@ impl Drive {
         }
         match access {
             Access::Write if qemu_writes(&image) => Self::direct(image, file),
-            Access::Write if outlives => Err(Failure::failed(format!(
-                "{file:?}: a mount or kept session that writes to such a {} image is not supported: leave it out, or convert it to \
-                 qcow2",
-                image.info().format
-            ))),
+            _ if outlives => Self::by_companion(args, file, image, access),
             Access::Write => {
                 // Our lock as a reader would be in the way.
                 drop(image);
                 let options = OpenOptions { writable: true, ..args.open.options(args.format) };
                 Self::by_server(ImageExport::writable(Image::open(file, &options)?))
             }
-            Access::Read | Access::Discard if outlives => Self::by_companion(args, file, &image),
             Access::Read | Access::Discard => Self::by_server(ImageExport::new(image)),
         }
     }
@@ -111,31 +115,40 @@ impl Drive {
     fn by_server(export: ImageExport) -> Result<Self, Failure> {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
-        let folder = tempfile::Builder::new().prefix("diskmill-nbd-").tempdir().map_err(failed)?;
-        let address = Address::Unix(folder.path().join("disk"));
-        let disk = Disk::nbd(folder.path().join("disk"), "");
+        // Where the next run finds what is left of this one, if it is killed.
+        let folder = run_folder().and_then(|dir| tempfile::Builder::new().prefix("disk-").tempdir_in(dir));
+        let folder = folder.map_err(failed)?;
+        let socket = folder.path().join(SOCKET);
+        let address = Address::Unix(socket.clone());
+        let disk = Disk::nbd(&socket, "");
         let disk = if export.is_writable() { disk.writable() } else { disk };
         let running = diskmill_nbd::serve(export, &address, settings()).map_err(failed)?;
-        let uri = guestfish_uri(&folder.path().join("disk"));
+        let uri = guestfish_uri(&socket);
         let server = Server::Here { _running: running, _folder: folder };
         Ok(Self { disk, format: "raw", address: uri, server })
     }
 
-    fn by_companion(args: &ImageArgs, file: &Path, image: &Image) -> Result<Self, Failure> {
+    fn by_companion(args: &ImageArgs, file: &Path, image: Image, access: Access) -> Result<Self, Failure> {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
-        let socket = kept::socket(image, args, file).map_err(failed)?;
+        let socket = kept::socket(&image, args, file, access).map_err(failed)?;
         let open = args.open.arguments().ok_or_else(|| {
             Failure::failed("a session of an encrypted image cannot be kept or mounted: its passphrase would have to be kept too")
         })?;
+        let writable = access == Access::Write;
         let mut command = Process::new("/proc/self/exe");
         command.arg(COMPANION).args(open).arg("--unix").arg(&socket);
+        if writable {
+            command.arg("--writable");
+        }
         if let Some(format) = args.format {
             command.arg("-f").arg(format.name());
         }
         // Out of the terminal's reach.
         command.arg("--").arg(file).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         command.process_group(0);
+        // A reader's lock would be in the way of a writer.
+        let _image = (!writable).then_some(image);
         let mut child = command.spawn().map_err(failed)?;
         let mut line = String::new();
         if let Some(stdout) = child.stdout.take() {
@@ -147,6 +160,7 @@ impl Drive {
             return Err(Failure::failed(line.trim_end().to_owned()));
         };
         let disk = Disk::nbd(&socket, "");
+        let disk = if writable { disk.writable() } else { disk };
         let server = Server::Companion { stdin };
         Ok(Self { disk, format: "raw", address: guestfish_uri(&socket), server })
     }
@@ -163,6 +177,14 @@ impl Drive {
     /// `--format`.
     pub(crate) fn format_argument(&self) -> OsString {
         format!("--format={}", self.format).into()
+    }
+
+    /// Where the companion listens.
+    pub(crate) fn socket(&self) -> Option<&Path> {
+        match self.server {
+            Server::Companion { .. } => self.disk.served().map(|(socket, _)| socket),
+            _ => None,
+        }
     }
 
     /// Lets the companion go on until the process `pid` has ended.
@@ -198,13 +220,28 @@ fn guestfish_uri(socket: &Path) -> OsString {
     uri
 }
 
-fn make_way(file: &Path, quiet: bool) -> Result<(), Failure> {
+/// Ends the sessions that read the image, which is about to be written.
+pub(super) fn make_way(file: &Path, quiet: bool) -> Result<(), Failure> {
     let say = |text: &str| {
         if !quiet {
             eprintln!("diskmill: {text}");
         }
     };
     kept::make_way(file, &say)
+}
+
+/// Waits until the companion at `socket`, whose client has ended, has closed its image: the name goes last.
+pub(crate) fn wait_closed(socket: &Path) -> Result<(), Failure> {
+    let end = Instant::now() + CLOSING;
+    while socket.symlink_metadata().is_ok() && UnixStream::connect(socket).is_ok() {
+        if Instant::now() > end {
+            return Err(Failure::failed(format!(
+                "the server of the image, at {socket:?}, does not close it"
+            )));
+        }
+        sleep(RETRY);
+    }
+    Ok(())
 }
 
 /// A folder of this user alone for sockets and notes, made where it is missing.
@@ -236,6 +273,8 @@ pub(crate) struct CompanionArgs {
     open: OpenArgs,
     #[arg(long)]
     unix: PathBuf,
+    #[arg(long)]
+    writable: bool,
     file: PathBuf,
 }
 
@@ -248,10 +287,12 @@ pub(crate) fn companion(args: &CompanionArgs) -> Result<Exit, Failure> {
 }
 
 fn serve_process(args: &CompanionArgs) -> Result<Exit, Failure> {
-    let image = Image::open(&args.file, &args.open.options(args.format))?;
+    let options = OpenOptions { writable: args.writable, ..args.open.options(args.format) };
+    let image = Image::open(&args.file, &options)?;
     let failed = |error: io::Error| Failure::failed(format!("cannot serve {:?}: {error}", args.file));
     let settings = Settings { log: std::sync::Arc::new(|_| ()), ..Settings::default() };
-    let running = diskmill_nbd::serve(ImageExport::new(image), &Address::Unix(args.unix.clone()), settings);
+    let export = if args.writable { ImageExport::writable(image) } else { ImageExport::new(image) };
+    let running = diskmill_nbd::serve(export, &Address::Unix(args.unix.clone()), settings);
     let running = running.map_err(failed)?;
     println!("ready");
     let mut line = String::new();

@@ -9,6 +9,7 @@ use diskmill_guestfs::Command;
 use serde_json::json;
 
 use super::args::ImageArgs;
+use super::drive::make_way;
 use super::guest::{Access, Guest};
 use super::output::print_json;
 use super::reply::{Record, texts};
@@ -44,6 +45,7 @@ const SECTOR: u64 = 512;
 const ALIGNMENT: u64 = 2048;
 
 pub(crate) fn grow(args: &GrowArgs) -> Result<Exit, Failure> {
+    make_way(&args.file, args.image.quiet)?;
     let options = args.image.open.options(args.image.format);
     let old_size = Image::open(&args.file, &options)?.size();
     let new_size = match &args.size {

@@ -12,12 +12,13 @@ use serde_json::{Value, json};
 
 use super::args::{GuestArgs, ImageArgs};
 use super::drive::Drive;
+use super::failure::guest_refused;
 use super::kept;
 use super::meta::{Entry, Meta};
 use super::name::{join, shown};
 use super::reply::{Record, lines, null_ended, pairs, texts};
 use super::settings::settings;
-use super::watch::{self, Watch};
+use super::watch::Watch;
 use super::{args::FileType, keys};
 use crate::exit::Failure;
 use crate::names;
@@ -488,7 +489,27 @@ impl Guest {
     /// Copies `input` to a file of the guest.
     pub(crate) fn upload(&mut self, input: &mut dyn Read, path: &[u8]) -> Result<(), Failure> {
         let result = self.session.upload(input, path_of(path));
-        result.map_err(|error| self.watch.failure(error))
+        result.map_err(|error| {
+            // libguestfs keeps the reason of a write that failed to itself.
+            let full = error.kind() == Kind::Command && self.is_full(path);
+            let said = error.message().to_owned();
+            let error = if full {
+                Error::new(Kind::NoSpace, format!("{said}: No space left on device"))
+            } else {
+                error
+            };
+            self.watch.failure(error)
+        })
+    }
+
+    /// Whether next to nothing is free where `path` is.
+    fn is_full(&mut self, path: &[u8]) -> bool {
+        let folder = path.iter().rposition(|&byte| byte == b'/').and_then(|slash| path.get(..=slash));
+        let found = self.try_call(Command::new("statvfs").arg(folder.unwrap_or(b"/")));
+        let found = Record::single(&found.ok().flatten().unwrap_or_default());
+        let number = |name| found.number::<u64>(name);
+        // Some file systems hold a little back.
+        number("blocks").zip(number("bavail")).is_some_and(|(all, free)| free <= all / 50)
     }
 
     /// Changes permissions, with set-user-ID and the like.
@@ -567,34 +588,4 @@ fn shown_file(file: &Path) -> String {
 
 fn strange(command: &str, path: &[u8]) -> Failure {
     Failure::failed(format!("{command} {}: an answer that is not understood", shown(path)))
-}
-
-/// Whether the guest said no, and the session goes on.
-pub(crate) fn guest_refused(error: &Error) -> bool {
-    matches!(error.kind(), Kind::Command | Kind::NotFound | Kind::NoSpace | Kind::ReadOnly)
-}
-
-/// The program's end for an error of the session.
-pub(crate) fn failure(error: &Error) -> Failure {
-    if let Some(cause) = error.os_error().filter(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe) {
-        return Failure::from(std::io::Error::from(cause.kind()));
-    }
-    let mut message = error.to_string();
-    let check = match error.kind() {
-        Kind::NotInstalled | Kind::Version => Some("doctor guestfish"),
-        Kind::NoKernel => Some("doctor kernel"),
-        Kind::Timeout => Some("doctor kvm memory"),
-        Kind::Start | Kind::Died => Some("doctor"),
-        _ => None,
-    };
-    if let Some(check) = check.filter(|_| !message.contains("`diskmill doctor")) {
-        message.push_str(&format!("; `diskmill {check}` tells what this machine lacks"));
-    }
-    Failure::failed(message)
-}
-
-/// The program's end for a session that a signal cancelled.
-pub(crate) fn cancelled(error: &Error) -> Option<Failure> {
-    let signal = watch::received().filter(|_| error.kind() == Kind::Cancelled)?;
-    Some(Failure::signal(signal, "interrupted"))
 }

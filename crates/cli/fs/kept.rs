@@ -14,8 +14,9 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
 
 use super::args::ImageArgs;
-use super::drive::run_folder;
-use super::guest::{Access, failure};
+use super::drive::{run_folder, wait_closed};
+use super::failure::failure;
+use super::guest::Access;
 use super::watch;
 use crate::exit::Failure;
 use crate::names;
@@ -23,8 +24,12 @@ use crate::names;
 /// How often it is looked whether another program has started the session that we want, too.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// What an image is to the sessions on it. A read-only session has it as the name of its server's socket, so that nothing
-/// else need be kept in step: `DEV-INO-STATE-OPTIONS-PROCESS`.
+/// What the state of an image begins with where its server writes; no digest does.
+const WRITER: &str = "w";
+const SERVER_ENDED: &str = "the server of its image has ended";
+
+/// What an image is to the sessions on it. A session that reads through a server has it as the name of the socket, so that
+/// nothing else need be kept in step: `DEV-INO-STATE-OPTIONS-PROCESS`.
 struct Identity {
     /// Which file: device and inode.
     file: String,
@@ -70,8 +75,11 @@ fn short(hash: Sha256) -> String {
 }
 
 /// Where the server of this very state of the image listens. Each process has its own.
-pub(crate) fn socket(image: &Image, args: &ImageArgs, file: &Path) -> io::Result<PathBuf> {
-    let identity = Identity::of(image, args, file)?;
+pub(crate) fn socket(image: &Image, args: &ImageArgs, file: &Path, access: Access) -> io::Result<PathBuf> {
+    let mut identity = Identity::of(image, args, file)?;
+    if access == Access::Write {
+        identity.state = format!("{WRITER}{}", image.info().format.name());
+    }
     Ok(run_folder()?.join(format!("{}{:x}", identity.prefix(), std::process::id())))
 }
 
@@ -80,15 +88,30 @@ pub(crate) fn label(file: &Path) -> String {
     canonicalize(file).unwrap_or_else(|_| file.to_owned()).to_string_lossy().into_owned()
 }
 
-/// The socket of a read-only session's server, and its name.
+/// The socket of a session's server, and its name.
 fn served_as(kept: &Kept) -> Option<(&Path, &str)> {
     let (socket, _) = kept.disks().next()?.served()?;
     Some((socket, socket.file_name()?.to_str()?))
 }
 
+/// Waits until a session that was ended has let go of its image.
+pub(crate) fn closed(kept: &Kept) -> Result<(), Failure> {
+    served_as(kept).map_or(Ok(()), |(socket, _)| wait_closed(socket))
+}
+
 /// Whether it may write to its image.
 pub(crate) fn is_writable(kept: &Kept) -> bool {
     kept.disks().any(diskmill_guestfs::Disk::is_writable)
+}
+
+/// The format in which a session has this very file open for writing, be it by itself or through a server of ours.
+fn writes_as(kept: &Kept, file: &Path) -> Option<String> {
+    if kept.writes_to(file) {
+        return kept.disks().next().map(|disk| disk.format().to_owned());
+    }
+    let (_, name) = served_as(kept)?;
+    let state = name.strip_prefix(&format!("{}-", file_name(&metadata(file).ok()?)))?.split('-').next()?;
+    state.strip_prefix(WRITER).map(str::to_owned)
 }
 
 /// The kept session that serves for this image and access. Sessions that are of no more use, because the image was
@@ -103,8 +126,11 @@ pub(crate) fn find(
     if all.is_empty() || access == Access::Discard {
         return Ok(None);
     }
-    if let Some(kept) = all.iter().find(|kept| kept.writes_to(file)) {
-        let format = kept.disks().next().map_or("", |disk| disk.format());
+    if let Some((kept, format)) = all.iter().find_map(|kept| Some((kept, writes_as(kept, file)?))) {
+        if served_as(kept).is_some_and(|(socket, _)| UnixStream::connect(socket).is_err()) {
+            end(kept, SERVER_ENDED, say)?;
+            return Ok(None);
+        }
         if let Some(wanted) = args.format.filter(|wanted| wanted.name() != format) {
             return Err(Failure::failed(format!(
                 "session {} has the image open for writing as {format}, not as {}",
@@ -128,7 +154,7 @@ pub(crate) fn find(
             if UnixStream::connect(socket).is_ok() {
                 found.get_or_insert_with(|| kept.clone());
             } else {
-                end(kept, "the server of its image has ended", say)?;
+                end(kept, SERVER_ENDED, say)?;
             }
             continue;
         }
@@ -148,7 +174,7 @@ pub(crate) fn make_way(file: &Path, say: &dyn Fn(&str)) -> Result<(), Failure> {
     let Ok(meta) = metadata(file) else { return Ok(()) };
     let prefix = format!("{}-", file_name(&meta));
     for kept in Kept::list() {
-        if kept.writes_to(file) {
+        if writes_as(&kept, file).is_some() {
             let id = kept.id();
             return Err(Failure::failed(format!(
                 "session {id} has the image open for writing: `diskmill session stop {id}` ends it"
@@ -164,6 +190,7 @@ pub(crate) fn make_way(file: &Path, say: &dyn Fn(&str)) -> Result<(), Failure> {
 fn end(kept: &Kept, why: &str, say: &dyn Fn(&str)) -> Result<(), Failure> {
     match kept.stop_unused() {
         Ok(()) => {
+            closed(kept)?;
             say(&format!("session {} is ended: {why}", kept.id()));
             Ok(())
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
 use super::args::ManyArgs;
+use super::memory;
 use crate::exit::{Exit, Failure};
 use crate::names;
 
@@ -22,7 +23,7 @@ pub(crate) fn each<T: Send>(
     let appliance = args.image.settings.memsize.map_or(APPLIANCE_MIB, u64::from);
     let jobs = args
         .jobs
-        .map_or_else(|| default_jobs(appliance, free_memory()), usize::from)
+        .map_or_else(|| default_jobs(appliance, memory::free()), usize::from)
         .clamp(1, files.len().max(1));
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<Option<Result<T, Failure>>>> = Mutex::new(files.iter().map(|_| None).collect());
@@ -47,18 +48,11 @@ pub(crate) fn each<T: Send>(
     results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
 }
 
-/// As many sessions as CPUs and `free` MiB of memory allow.
+/// As many sessions as CPUs and `free` bytes of memory allow, at `appliance` MiB each.
 fn default_jobs(appliance: u64, free: Option<u64>) -> usize {
     let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let by_memory = free.map_or(cpus as u64, |free| free / appliance.max(1));
+    let by_memory = free.map_or(cpus as u64, |free| (free >> 20) / appliance.max(1));
     usize::try_from(by_memory).unwrap_or(cpus).clamp(1, cpus)
-}
-
-/// Memory that programs may still take, in MiB.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? / 1024)
 }
 
 /// One text for all images: with several, each under its name.
@@ -101,6 +95,7 @@ mod tests {
     fn memory_bounds_the_sessions() {
         let cpus = thread::available_parallelism().unwrap().get();
         assert_eq!(default_jobs(768, Some(100)), 1);
+        assert_eq!(default_jobs(768, Some(1536 << 20)), cpus.min(2));
         assert_eq!(default_jobs(768, Some(u64::MAX)), cpus);
         assert_eq!(default_jobs(0, None), cpus);
     }

@@ -10,16 +10,20 @@ mod external;
 mod extract;
 #[cfg(test)]
 mod extract_tests;
+pub(crate) mod failure;
 mod files;
 mod grow;
 pub(crate) mod guest;
 mod inspect;
 pub(crate) mod kept;
 mod keys;
+pub(crate) mod leftovers;
 mod list;
 mod many;
+pub(crate) mod memory;
 mod meta;
 mod name;
+pub(crate) mod order;
 pub(crate) mod output;
 mod pack;
 pub(crate) mod prepare;
@@ -39,6 +43,7 @@ use crate::exit::{Exit, Failure};
 pub(crate) fn run(args: FsArgs) -> Result<Exit, Failure> {
     // Appliances may outlive us. Before Linux 5.11 they hold on to what our caller has open.
     let _ = diskmill::inherit_nothing();
+    leftovers::sweep();
     match args.verb {
         Verb::List(args) => list::list(&args),
         Verb::Inspect(args) => inspect::inspect(&args),

@@ -1,5 +1,6 @@
 //! `prepare`: builds the appliance that later commands use.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -24,6 +25,14 @@ pub(crate) struct PrepareArgs {
     /// Remove it
     #[arg(long)]
     remove: bool,
+
+    /// Build it in this folder, for others too: LIBGUESTFS_PATH=DIR and LIBGUESTFS_HV=DIR/hv use it
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["force", "remove"])]
+    into: Option<PathBuf>,
+
+    /// Do not try whether it starts
+    #[arg(long, conflicts_with = "remove")]
+    no_start: bool,
 
     #[command(flatten)]
     settings: SettingsArgs,
@@ -50,15 +59,21 @@ pub(crate) fn prepare(args: &PrepareArgs) -> Result<Exit, Failure> {
         }
         return Ok(Exit::Done);
     }
-    let there = Prepared::find().filter(|_| !args.force);
+    let settings = || asked_for(&args.settings).map(|(settings, _)| settings);
+    let there = Prepared::find().filter(|_| !args.force && args.into.is_none());
     let built = there.is_none();
-    let prepared = match there {
-        Some(prepared) => prepared,
-        None => Prepared::build(&asked_for(&args.settings)?.0).map_err(failed)?,
+    let prepared = match (there, &args.into) {
+        (Some(prepared), _) => prepared,
+        (None, Some(folder)) => Prepared::build_into(&settings()?, folder).map_err(failed)?,
+        (None, None) => Prepared::build(&settings()?).map_err(failed)?,
     };
     // What does not start is worse than none.
-    let seconds =
-        if built { Some(try_out(args, &watch).inspect_err(|_| drop(Prepared::remove()))?) } else { None };
+    let seconds = if built && !args.no_start {
+        let tried = try_out(args, &prepared, &watch);
+        Some(tried.inspect_err(|_| drop(std::fs::remove_dir_all(prepared.folder())))?)
+    } else {
+        None
+    };
     let folder = prepared.folder().to_string_lossy();
     if args.json {
         return print_json(&json!({
@@ -69,8 +84,11 @@ pub(crate) fn prepare(args: &PrepareArgs) -> Result<Exit, Failure> {
         }));
     }
     if !args.quiet {
-        let start =
-            seconds.map_or_else(|| "; it was there already".to_owned(), |s| format!(", starts in {s:.1} s"));
+        let start = match seconds {
+            Some(seconds) => format!(", starts in {seconds:.1} s"),
+            None if built => "; it was not tried".to_owned(),
+            None => "; it was there already".to_owned(),
+        };
         eprintln!("diskmill: the appliance in {} is ready{start}", names::shown(&folder));
         if let Some(reason) = prepared.packed() {
             eprintln!("diskmill: its kernel is unpacked by each start: {reason}");
@@ -80,11 +98,15 @@ pub(crate) fn prepare(args: &PrepareArgs) -> Result<Exit, Failure> {
 }
 
 /// Starts it; how many seconds that takes.
-fn try_out(args: &PrepareArgs, watch: &Watch) -> Result<f64, Failure> {
+fn try_out(args: &PrepareArgs, prepared: &Prepared, watch: &Watch) -> Result<f64, Failure> {
     let no_disk = |error: std::io::Error| Failure::failed(format!("cannot make a disk: {error}"));
     let disk = tempfile::NamedTempFile::new().map_err(no_disk)?;
     disk.as_file().set_len(DISK).map_err(no_disk)?;
-    let options = watch.options(&args.settings)?;
+    let mut options = watch.options(&args.settings)?;
+    if args.into.is_some() {
+        (options.settings.appliance, options.settings.hypervisor) = (None, None);
+        prepared.apply(&mut options.settings);
+    }
     let began = Instant::now();
     let session = Session::open(&[Disk::file(disk.path(), "raw")], options);
     let session = session.map_err(|error| watch.failure(error.of("the appliance that was built")))?;

@@ -1,5 +1,6 @@
 //! `mount`, `umount`, `script`, `shell`: guestmount and guestfish themselves, on an image that we have checked and serve.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::args::GuestArgs;
 use super::copy::host_failure;
-use super::drive::Drive;
+use super::drive::{Drive, wait_closed};
 use super::external::{Tool, exit_of, not_started};
 use super::guest::Access;
 use super::output::print_json;
@@ -136,6 +137,12 @@ pub(crate) fn mount(args: &MountArgs) -> Result<Exit, Failure> {
         return Err(Failure::failed(format!("guestmount failed ({status}): {}", names::shown(text.trim()))));
     }
     let pid = read_pid(&pid_file).ok_or_else(|| Failure::failed("guestmount does not tell its process"))?;
+    if let Some(socket) = drive.socket() {
+        // For `umount`, behind the number.
+        let note =
+            fs::write(&pid_file, [format!("{pid}\n").as_bytes(), socket.as_os_str().as_bytes()].concat());
+        note.map_err(|error| host_failure(&pid_file, &error))?;
+    }
     drive.release(pid)?;
     if args.guest.image.json {
         return print_json(
@@ -149,7 +156,7 @@ pub(crate) fn umount(args: &UmountArgs) -> Result<Exit, Failure> {
     let folder = std::path::absolute(&args.folder).map_err(|error| host_failure(&args.folder, &error))?;
     // Not canonicalize: the file system may hang.
     let pid_file = pid_file(&folder)?;
-    let pid = read_pid(&pid_file);
+    let (pid, socket) = (read_pid(&pid_file), read_socket(&pid_file));
     let status = Process::new("guestunmount").arg("--").arg(&folder).status();
     let status = status.map_err(|error| not_started("guestunmount", &error))?;
     if !status.success() {
@@ -167,6 +174,7 @@ pub(crate) fn umount(args: &UmountArgs) -> Result<Exit, Failure> {
         sleep(Duration::from_millis(20));
     }
     let _ = fs::remove_file(&pid_file);
+    socket.map_or(Ok(()), |socket| wait_closed(&socket))?;
     if args.json {
         return print_json(&json!({ "unmounted": folder.to_string_lossy() }));
     }
@@ -190,5 +198,12 @@ fn pid_file(folder: &Path) -> Result<PathBuf, Failure> {
 }
 
 fn read_pid(file: &Path) -> Option<i32> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
+    fs::read_to_string(file).ok()?.lines().next()?.trim().parse().ok()
+}
+
+/// Where the server of a mounted image listens, if it has one.
+fn read_socket(file: &Path) -> Option<PathBuf> {
+    let text = fs::read(file).ok()?;
+    let socket = text.splitn(2, |&byte| byte == b'\n').nth(1).filter(|socket| !socket.is_empty())?;
+    Some(OsStr::from_bytes(socket).into())
 }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::guest::{cancelled, failure};
+use super::failure::{cancelled, failure};
 use super::settings::{SettingsArgs, asked_for, settings};
 use crate::exit::{Exit, Failure};
 use crate::signals::ignored_signals;

@@ -49,7 +49,7 @@ pub use error::{Error, Kind, Result};
 pub use keeper::keeper_main;
 pub use kept::{Kept, leftovers, sweep};
 pub use options::{Event, Listener, Options};
-pub use prepared::Prepared;
+pub use prepared::{Preparation, Prepared};
 pub use session::{MAX_OUTPUT, Session};
 pub use settings::Settings;
 pub use watchdog::WatchdogCommand;

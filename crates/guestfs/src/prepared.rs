@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::SystemTime;
 
 use crate::kvm::{cache_dir, qemu};
 use crate::messages::one_line;
@@ -30,6 +31,23 @@ pub struct Prepared {
     packed: Option<String>,
 }
 
+/// Whether there is a prepared appliance, and whether it is of use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Preparation {
+    /// There is none.
+    Missing,
+    /// It is in this folder and not used, for this reason.
+    Unfit {
+        /// Where it is.
+        folder: PathBuf,
+        /// What has changed, or who else could have written to it.
+        reason: String,
+    },
+    /// It is used.
+    Fit(Prepared),
+}
+
 /// What an appliance fits: each file with its size and time of change.
 #[derive(Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct Record {
@@ -38,19 +56,40 @@ struct Record {
 }
 
 impl Prepared {
-    /// The prepared appliance, if there is one that is whole and was made of the kernels, the libguestfs and the QEMU that are
-    /// there now.
+    /// The prepared appliance, if there is one that is of use: see [`look`](Self::look).
     #[must_use]
     pub fn find() -> Option<Self> {
-        let folder = folder()?;
-        let found = fs::symlink_metadata(&folder).ok()?;
+        match Self::look() {
+            Preparation::Fit(prepared) => Some(prepared),
+            Preparation::Missing | Preparation::Unfit { .. } => None,
+        }
+    }
+
+    /// Whether there is a prepared appliance that is whole and was made of the kernels, the libguestfs and the QEMU that are
+    /// there now.
+    #[must_use]
+    pub fn look() -> Preparation {
+        let Some(folder) = folder() else { return Preparation::Missing };
+        let Ok(found) = fs::symlink_metadata(&folder) else { return Preparation::Missing };
+        let unfit = |folder, reason: &str| Preparation::Unfit { folder, reason: reason.to_owned() };
         // It runs with our rights and sees our images.
         if !found.is_dir() || found.uid() != uid() || found.mode() & 0o022 != 0 {
-            return None;
+            return unfit(folder, "it is not a folder that only this user may write to");
         }
-        let record: Record = serde_json::from_slice(&fs::read(folder.join(RECORD)).ok()?).ok()?;
-        let fits = record.made_of.iter().all(|(path, was)| *was == identity(path));
-        fits.then_some(Self { folder, packed: record.packed })
+        let record = fs::read(folder.join(RECORD)).ok();
+        let Some(record) = record.and_then(|text| serde_json::from_slice::<Record>(&text).ok()) else {
+            return unfit(folder, "it is not whole");
+        };
+        match record.made_of.iter().find(|(path, was)| **was != identity(path)) {
+            Some((path, _)) => unfit(folder, &format!("{} has changed since", path.display())),
+            None => Preparation::Fit(Self { folder, packed: record.packed }),
+        }
+    }
+
+    /// When it was built.
+    #[must_use]
+    pub fn built(&self) -> Option<SystemTime> {
+        fs::metadata(self.folder.join(RECORD)).and_then(|found| found.modified()).ok()
     }
 
     /// Builds it anew with these settings, in the place of an older one. Sessions that use that one are not disturbed.
@@ -61,10 +100,30 @@ impl Prepared {
         let folder = folder().ok_or_else(|| {
             Error::new(Kind::Io, "there is no cache folder").hint("set HOME or XDG_CACHE_HOME")
         })?;
+        Self::build_at(settings, folder)
+    }
+
+    /// Builds one in another folder, where only those find it whose settings [`apply`](Self::apply) has changed.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build); `Invalid` if the folder is there and no appliance.
+    pub fn build_into(settings: &Settings, folder: &Path) -> Result<Self> {
+        let failed = |e| Error::io(format!("cannot find {}", folder.display()), e);
+        let folder = std::path::absolute(folder).map_err(failed)?;
+        if folder.exists() && !folder.join(RECORD).exists() {
+            return Err(Error::invalid(format!(
+                "{} is there already, and no prepared appliance",
+                folder.display()
+            )));
+        }
+        Self::build_at(settings, folder)
+    }
+
+    fn build_at(settings: &Settings, folder: PathBuf) -> Result<Self> {
         let base = folder.parent().unwrap_or(Path::new("/"));
         let doing = |what: &str| format!("cannot {what} in {}", base.display());
         fs::create_dir_all(base).map_err(|e| Error::io(doing("make a folder"), e))?;
-        let lock = base.join("appliance.lock");
+        let lock = folder.with_extension("lock");
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(lock);
         let lock = lock.map_err(|e| Error::io(doing("write"), e))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
@@ -138,6 +197,12 @@ impl Prepared {
         &self.folder
     }
 
+    /// The program that runs it: QEMU with a processor that is cheap to emulate.
+    #[must_use]
+    pub fn hypervisor(&self) -> PathBuf {
+        self.folder.join(WRAPPER)
+    }
+
     /// Why its kernel is still packed, which makes the start slower; `None` if it is not.
     #[must_use]
     pub fn packed(&self) -> Option<&str> {
@@ -148,7 +213,7 @@ impl Prepared {
     pub fn apply(&self, settings: &mut Settings) {
         if settings.appliance.is_none() && settings.hypervisor.is_none() && settings.backend == "direct" {
             settings.appliance = Some(self.folder.clone());
-            settings.hypervisor = Some(self.folder.join(WRAPPER));
+            settings.hypervisor = Some(self.hypervisor());
         }
     }
 }
@@ -224,9 +289,19 @@ fn unpack_kernel(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// A script that runs QEMU with the processor `qemu64` where libguestfs asks for `max`, all of whose features are emulated.
+/// A script that runs QEMU with the processor `qemu64` where libguestfs asks for `max`, all of whose features would be
+/// emulated; not where KVM has them for nothing.
 fn wrapper(qemu: &Path) -> Vec<u8> {
-    let mut script = b"#!/bin/sh\nfor arg do\n  shift\n  case $arg in max|max,*) arg=qemu64${arg#max};; esac\n  set -- \"$@\" \"$arg\"\ndone\nexec '".to_vec();
+    let mut script = br#"#!/bin/sh
+cpu=qemu64
+case $* in *accel=tcg*) ;; *) test -w /dev/kvm && cpu=max ;; esac
+for arg do
+  shift
+  case $arg in max|max,*) arg=$cpu${arg#max} ;; esac
+  set -- "$@" "$arg"
+done
+exec '"#
+        .to_vec();
     for &byte in qemu.as_os_str().as_bytes() {
         if byte == b'\'' {
             script.extend_from_slice(br"'\'");
@@ -252,10 +327,16 @@ mod tests {
         let said =
             |args: &[&str]| String::from_utf8(Command::new(&hv).args(args).output().unwrap().stdout).unwrap();
         assert_eq!(
-            said(&["-cpu", "max,la57=off", "a b", "", "maximum"]),
-            "-cpu|qemu64,la57=off|a b||maximum|"
+            said(&["-machine", "pc,accel=tcg", "-cpu", "max,la57=off", "a b", "", "maximum"]),
+            "-machine|pc,accel=tcg|-cpu|qemu64,la57=off|a b||maximum|"
         );
-        assert_eq!(said(&["-cpu", "max"]), "-cpu|qemu64|");
+        assert_eq!(said(&["-cpu", "max", "accel=tcg"]), "-cpu|qemu64|accel=tcg|");
+        let kvm = OpenOptions::new().write(true).open("/dev/kvm").is_ok();
+        let cpu = if kvm { "max" } else { "qemu64" };
+        assert_eq!(
+            said(&["-machine", "accel=kvm:tcg", "-cpu", "max"]),
+            format!("-machine|accel=kvm:tcg|-cpu|{cpu}|")
+        );
         assert_eq!(said(&["-cpu", "host"]), "-cpu|host|");
     }
 

@@ -151,9 +151,13 @@ impl Server {
     /// # Errors
     /// What the system says if the server cannot go on accepting. What happens to one client is no error.
     pub fn run(self, export: &dyn Export) -> io::Result<()> {
-        let result = thread::scope(|scope| {
+        self.serve(export)
+    }
+
+    fn serve(&self, export: &dyn Export) -> io::Result<()> {
+        thread::scope(|scope| {
             let result = self.accept(|number, stream| {
-                let server = &self;
+                let server = self;
                 thread::Builder::new()
                     .name(format!("nbd-{number}"))
                     .spawn_scoped(scope, move || server.client(number, &stream, export))
@@ -162,9 +166,7 @@ impl Server {
             // Wakes the threads that the scope waits for.
             self.shared.stop();
             result
-        });
-        drop(self.listener);
-        result
+        })
     }
 
     /// Accepts clients until the end, and calls `start` for each.
@@ -373,7 +375,13 @@ impl Drop for Running {
 pub fn serve(export: impl Export + 'static, address: &Address, settings: Settings) -> io::Result<Running> {
     let server = Server::bind(address, settings)?;
     let (stopper, address, uri) = (server.stopper(), server.address().clone(), server.uri());
-    let thread = thread::Builder::new().name("nbd".to_owned()).spawn(move || server.run(&export))?;
+    let thread = thread::Builder::new().name("nbd".to_owned()).spawn(move || {
+        let result = server.serve(&export);
+        // Before the socket file: whoever waits for that finds the image closed.
+        drop(export);
+        drop(server);
+        result
+    })?;
     Ok(Running { stopper, address, uri, thread: Some(thread) })
 }
 
