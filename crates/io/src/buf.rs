@@ -22,9 +22,11 @@ pub(crate) struct Registration {
 ///
 /// Its memory never moves, so an engine may hand the address to the kernel for as long as it owns the buffer.
 pub struct Buf {
-    /// Dangling when `capacity` is 0.
+    /// The first byte, aligned; dangling when `capacity` is 0.
     ptr: NonNull<u8>,
-    /// Allocated and initialised bytes, a multiple of `BUF_ALIGN`.
+    /// What was allocated, which begins up to `BUF_ALIGN` bytes before that.
+    block: NonNull<u8>,
+    /// Initialised bytes from `ptr` on, a multiple of `BUF_ALIGN`.
     capacity: usize,
     len: usize,
     registration: Option<Registration>,
@@ -51,14 +53,22 @@ impl Buf {
             )
         };
         let size = capacity.checked_next_multiple_of(BUF_ALIGN).ok_or_else(no_memory)?;
-        let layout = Layout::from_size_align(size, BUF_ALIGN).map_err(|_| no_memory())?;
-        let ptr = if size == 0 {
-            NonNull::dangling()
-        } else {
-            // SAFETY: the layout's size is not 0.
-            NonNull::new(unsafe { alloc::alloc_zeroed(layout) }).ok_or_else(no_memory)?
-        };
-        Ok(Buf { ptr, capacity: size, len: capacity, registration: None })
+        if size == 0 {
+            let none = NonNull::dangling();
+            return Ok(Buf { ptr: none, block: none, capacity: 0, len: 0, registration: None });
+        }
+        let layout = Self::layout(size).ok_or_else(no_memory)?;
+        // SAFETY: the layout's size is not 0.
+        let block = NonNull::new(unsafe { alloc::alloc_zeroed(layout) }).ok_or_else(no_memory)?;
+        // SAFETY: the block is `BUF_ALIGN` bytes larger than the buffer, and the offset less than that.
+        let ptr = unsafe { block.add(block.addr().get().wrapping_neg() % BUF_ALIGN) };
+        Ok(Buf { ptr, block, capacity: size, len: capacity, registration: None })
+    }
+
+    /// What is allocated for `capacity` bytes. Were `BUF_ALIGN` asked for, the allocator would clear the memory by writing
+    /// to all of it, instead of taking pages from the system that are zeros until they are touched.
+    fn layout(capacity: usize) -> Option<Layout> {
+        Layout::from_size_align(capacity.checked_add(BUF_ALIGN)?, 1).ok()
     }
 
     /// The bytes in use.
@@ -103,11 +113,9 @@ impl Buf {
 
 impl Drop for Buf {
     fn drop(&mut self) {
-        if self.capacity != 0 {
-            // SAFETY: allocated in `new` with this very layout, whose size is not 0 and was checked there.
-            unsafe {
-                alloc::dealloc(self.ptr.as_ptr(), Layout::from_size_align_unchecked(self.capacity, BUF_ALIGN))
-            }
+        if let Some(layout) = Self::layout(self.capacity).filter(|_| self.capacity != 0) {
+            // SAFETY: allocated in `new` with this very layout.
+            unsafe { alloc::dealloc(self.block.as_ptr(), layout) }
         }
     }
 }
@@ -151,6 +159,18 @@ mod tests {
             assert_eq!(buf.capacity(), n.next_multiple_of(BUF_ALIGN));
             assert!(buf.iter().all(|&b| b == 0));
         }
+    }
+
+    #[test]
+    fn costs_memory_only_when_touched() {
+        let resident = || {
+            let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+            pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        let buf = Buf::new(256 << 20).unwrap();
+        assert!(resident() < before + (128 << 20));
+        drop(buf);
     }
 
     #[test]
