@@ -210,6 +210,11 @@ pub(crate) trait Assembler: Send {
     /// Refuses a disk that does not fit the format.
     fn check_size(&self, size: u64) -> Result<()>;
 
+    /// The lengths of the other files, where they are known beforehand: as [`Finish::other_lens`].
+    fn other_lens(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
     /// Writes the tables of a disk of `size` bytes.
     fn finish(&mut self, size: u64, out: &mut Vec<WriteOp>) -> Result<Finish>;
 }

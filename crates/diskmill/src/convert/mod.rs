@@ -178,6 +178,7 @@ pub fn convert<'a>(
     if let Some(size) = size {
         assembler.check_size(size)?;
     }
+    target.lengthen(&assembler.other_lens())?;
     monitor.start(size.unwrap_or(0));
 
     let wants_uring = options.direct || target.is_device() || sources.iter().any(is_on_device);

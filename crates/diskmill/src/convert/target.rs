@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use diskmill_codec::is_zero;
 use diskmill_io::{
     FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage,
 };
@@ -37,6 +38,8 @@ pub(super) struct Target {
     /// Old bytes may be there.
     dirty: bool,
     reserve: Reserve,
+    /// Blocks of zeros at the end of a table are left as holes: they read as zeros, and nothing is preallocated.
+    sparse_tables: bool,
     /// The disk's size is at least this: that of the image that is being filled.
     least_size: u64,
     encryption: Option<Encryption>,
@@ -77,6 +80,7 @@ impl Target {
                     path: PathBuf::from("-"),
                     dirty: false,
                     reserve: Reserve::default(),
+                    sparse_tables: false,
                     least_size: 0,
                     encryption: None,
                     _locks: Vec::new(),
@@ -168,12 +172,14 @@ impl Target {
             }
         }
         let reserve = Reserve::new(pending.storage().gains_from_allocate() && !options.direct);
+        let sparse_tables = matches!(&options.format, TargetFormat::Qcow2(qcow2) if qcow2.preallocation == Preallocation::Off);
         Ok(Self {
             main: Main::Pending(pending.storage(), pending),
             others,
             path,
             dirty: false,
             reserve,
+            sparse_tables,
             least_size,
             encryption: None,
             _locks: locks,
@@ -204,6 +210,7 @@ impl Target {
             path,
             dirty,
             reserve: Reserve::default(),
+            sparse_tables: false,
             least_size,
             encryption: None,
             _locks: lock.into_iter().collect(),
@@ -239,6 +246,17 @@ impl Target {
                 Box::new(RawAssembler::new(granule.min(1 << 20), zeros, self.is_stream()))
             }
         })
+    }
+
+    /// Gives the other files the lengths that they are known to get. XFS keeps the blocks that it reserves behind the end
+    /// of a growing file if that is lengthened; and a file system that cannot hold a file says so now.
+    pub(super) fn lengthen(&self, lens: &[u64]) -> Result<()> {
+        for ((storage, pending), &len) in self.others.iter().zip(lens) {
+            storage.set_len(len).map_err(|error| {
+                Error::io(format!("cannot make a file of {len} bytes"), error).of(pending.final_path())
+            })?;
+        }
+        Ok(())
     }
 
     /// Finds out which files of the sources can be moved without reading them.
@@ -348,8 +366,14 @@ impl Target {
                 Ok(())
             }
             WriteWhat::Reserve { len } => storage.allocate(op.at, *len).map_err(failed),
-            WriteWhat::Buf { .. } | WriteWhat::Bytes(_) => {
+            WriteWhat::Buf { .. } => {
                 self.reserve.before_write(&*storage, op.at, data.len()).map_err(failed)?;
+                storage.write_all_at(data, op.at).map_err(failed)?;
+                monitor.add_written(data.len() as u64);
+                Ok(())
+            }
+            WriteWhat::Bytes(_) => {
+                let data = if self.sparse_tables { without_zero_blocks(data) } else { data };
                 storage.write_all_at(data, op.at).map_err(failed)?;
                 monitor.add_written(data.len() as u64);
                 Ok(())
@@ -442,6 +466,13 @@ impl Stream {
         monitor.add_written(len);
         Ok(())
     }
+}
+
+/// The bytes up to the last block that is not all zeros.
+fn without_zero_blocks(bytes: &[u8]) -> &[u8] {
+    const BLOCK: usize = 4096;
+    let used = bytes.chunks(BLOCK).rposition(|block| !is_zero(block)).map_or(0, |last| (last + 1) * BLOCK);
+    bytes.get(..used).unwrap_or(bytes)
 }
 
 /// A target of `len` bytes takes a source of `size`, as far as that is known.

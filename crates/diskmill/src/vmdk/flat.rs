@@ -86,13 +86,16 @@ impl Assembler for FlatAssembler {
         if size != self.size {
             return Err(Error::invalid("the source has another size than before"));
         }
+        let text = self.descriptor()?;
+        let other_lens = self.other_lens();
+        Ok(Finish { file_len: Some(text.len() as u64), other_lens, header: Some(text), ..Finish::default() })
+    }
+
+    fn other_lens(&self) -> Vec<u64> {
         let step = self.step();
         // What the descriptor says: whole sectors.
-        let size = size.div_ceil(SECTOR_BYTES) * SECTOR_BYTES;
+        let size = self.size.div_ceil(SECTOR_BYTES) * SECTOR_BYTES;
         let extents = if step == u64::MAX { 1 } else { size.div_ceil(step) };
-        let other_lens =
-            (0..extents).map(|number| size.saturating_sub(number.saturating_mul(step)).min(step)).collect();
-        let text = self.descriptor()?;
-        Ok(Finish { file_len: Some(text.len() as u64), other_lens, header: Some(text), ..Finish::default() })
+        (0..extents).map(|number| size.saturating_sub(number.saturating_mul(step)).min(step)).collect()
     }
 }
