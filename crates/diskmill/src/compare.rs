@@ -69,13 +69,16 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         monitor,
     };
     std::thread::scope(|scope| {
-        for _ in 1..options.threads.unwrap_or_else(diskmill_io::cpus) {
-            // With fewer threads than planned the work gets done all the same.
-            if std::thread::Builder::new().spawn_scoped(scope, || shared.work(a, b)).is_err() {
-                break;
+        let shared = &shared;
+        let helpers = move || {
+            for _ in 1..options.threads.unwrap_or_else(diskmill_io::cpus) {
+                // With fewer threads than planned the work gets done all the same.
+                if std::thread::Builder::new().spawn_scoped(scope, || shared.work(a, b, None)).is_err() {
+                    break;
+                }
             }
-        }
-        shared.work(a, b);
+        };
+        shared.work(a, b, Some(&helpers));
     });
     let walk = shared.walk.into_inner().unwrap_or_else(PoisonError::into_inner);
     let first = shared.first.into_inner();
@@ -168,7 +171,8 @@ impl Walk<'_> {
 }
 
 impl Shared<'_> {
-    fn work(&self, a: &Image, b: &Image) {
+    /// Compares until nothing is left. `helpers` starts the other threads, when there is something to read.
+    fn work(&self, a: &Image, b: &Image, mut helpers: Option<&dyn Fn()>) {
         let mut readers = [a.reader(), b.reader()];
         let mut bufs = [Vec::new(), Vec::new()];
         loop {
@@ -188,6 +192,9 @@ impl Shared<'_> {
                     }
                 }
             };
+            if let Some(start) = helpers.take() {
+                start();
+            }
             match difference(&step, &mut readers, &mut bufs) {
                 Ok(None) => {}
                 Ok(Some(at)) => {

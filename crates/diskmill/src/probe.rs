@@ -1,7 +1,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+use diskmill_io::Storage;
+
 use crate::error::{Error, Result};
+use crate::reader::read_full;
 
 /// An image format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,6 +22,22 @@ pub enum Format {
 
 /// Bytes from the start of a file that [`Format::probe`] looks at.
 pub(crate) const PROBE_BYTES: usize = diskmill_format::vmdk::PROBE_BYTES;
+
+/// Of these, the ones that settle the format of most images.
+const SETTLING_BYTES: usize = 4 << 10;
+
+/// The first bytes of a file, as many as it takes to tell its format.
+pub(crate) fn first_bytes(storage: &dyn Storage) -> Result<Vec<u8>> {
+    let mut start = vec![0; SETTLING_BYTES];
+    let mut got = read_full(storage, &mut start, 0)?;
+    if got == start.len() && Format::probe(&start) == Format::Raw {
+        start.resize(PROBE_BYTES, 0);
+        let rest = start.get_mut(got..).unwrap_or_default();
+        got += read_full(storage, rest, got as u64)?;
+    }
+    start.truncate(got);
+    Ok(start)
+}
 
 impl Format {
     /// The format that the first bytes of a file look like, best 64 KiB of them. Everything else is raw.

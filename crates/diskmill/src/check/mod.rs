@@ -21,8 +21,7 @@ pub use finding::{Finding, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions};
 use crate::policy::OpenPolicy;
-use crate::probe::{Format, PROBE_BYTES};
-use crate::reader::read_full;
+use crate::probe::{Format, first_bytes};
 
 /// What is to be repaired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -167,7 +166,5 @@ pub fn check_storage(
 }
 
 fn probe(storage: &dyn Storage) -> Result<Format> {
-    let mut start = vec![0; PROBE_BYTES];
-    let got = read_full(storage, &mut start, 0)?;
-    Ok(Format::probe(start.get(..got).unwrap_or_default()))
+    Ok(Format::probe(&first_bytes(storage)?))
 }

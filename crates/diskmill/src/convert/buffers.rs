@@ -47,6 +47,8 @@ struct State {
     free: Vec<Buf>,
     /// Buffers that may still be made.
     unmade: usize,
+    /// Workers that wait for a credit.
+    waiting: usize,
     stopped: bool,
 }
 
@@ -78,7 +80,7 @@ impl Buffers {
             sizes,
             workers,
             depth: (count / workers).clamp(1, depth),
-            state: Mutex::new(State { free: Vec::new(), unmade: count, stopped: false }),
+            state: Mutex::new(State { free: Vec::new(), unmade: count, waiting: 0, stopped: false }),
             changed: Condvar::new(),
         }
     }
@@ -119,13 +121,19 @@ impl Buffers {
             if !wait {
                 return None;
             }
+            state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 
     pub(super) fn give_back(&self, buf: Buf) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).free.push(buf);
-        self.changed.notify_one();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.free.push(buf);
+        // Waking is a system call even where nobody waits.
+        if state.waiting > 0 {
+            self.changed.notify_one();
+        }
     }
 
     /// Wakes all who wait: the conversion ends.

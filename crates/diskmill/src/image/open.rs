@@ -19,10 +19,9 @@ use crate::encrypted::{EncryptedStorage, LegacyAes, legacy_aes, unlock};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
 use crate::policy::{Allow, EXTENT};
-use crate::probe::{Format, PROBE_BYTES};
+use crate::probe::{Format, first_bytes};
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout, lossy};
 use crate::raw::RawLayout;
-use crate::reader::read_full;
 use crate::tables::TableCache;
 use crate::vmdk::{ExtentFile, Parent, VmdkLayout};
 
@@ -243,12 +242,10 @@ impl<'a> Opener<'a> {
         let format = match format {
             Some(format) => format,
             None => {
-                let mut start = vec![0; PROBE_BYTES];
-                let got = read_full(&*storage, &mut start, 0)?;
-                let start = start.get(..got).unwrap_or_default();
-                match Format::probe(start) {
+                let start = first_bytes(&*storage)?;
+                match Format::probe(&start) {
                     // Only the image that the user named is called what the user called it.
-                    Format::Raw if self.image.layers.is_empty() && crate::ova::is_called(&path, start) => {
+                    Format::Raw if self.image.layers.is_empty() && crate::ova::is_called(&path, &start) => {
                         Format::Ova
                     }
                     probed => probed,

@@ -16,7 +16,7 @@ use diskmill_io::{SharedStorage, Storage};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::OpenOptions;
-use crate::probe::{Format, PROBE_BYTES};
+use crate::probe::{Format, first_bytes};
 use crate::qcow2::lossy;
 use crate::reader::{read_exact, read_full};
 use member::{Part, concatenated, spooled};
@@ -132,9 +132,7 @@ pub(crate) fn open(file: &SharedStorage, options: &OpenOptions) -> Result<OpenDi
     let parts = pieces.iter().map(|member| Part { at: member.data.get(), len: member.size });
     let stored = concatenated(file, parts)?;
     let storage = if gzip { spooled(&*stored, &disk.name(), options.limits.spool_bytes)? } else { stored };
-    let mut start = vec![0; PROBE_BYTES];
-    let got = read_full(&*storage, &mut start, 0)?;
-    match Format::probe(start.get(..got).unwrap_or_default()) {
+    match Format::probe(&first_bytes(&*storage)?) {
         format @ (Format::Vmdk | Format::Qcow2) => Ok(OpenDisk { storage, format }),
         // Never raw: a file of an unknown format is not its guest's bytes.
         _ => {
