@@ -5,13 +5,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use diskmill_guestfs::{Cancel, Error, Event, Listener, Options, WatchdogCommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::failure::{cancelled, failure};
 use super::settings::{SettingsArgs, asked_for, settings};
 use crate::exit::{Exit, Failure};
-use crate::signals::ignored_signals;
+use crate::signals::ending_signals;
 
 /// The hidden subcommand under which this program looks after guestfish.
 pub(crate) const KEEPER: &str = "guestfs-keeper";
@@ -38,9 +37,7 @@ fn cancel() -> Result<Cancel, Failure> {
     }
     let failed = |error: std::io::Error| Failure::failed(format!("cannot watch for signals: {error}"));
     let cancel = Cancel::new().map_err(failed)?;
-    let ignored = ignored_signals();
-    let ours = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-    let mut signals = Signals::new(ours).map_err(failed)?;
+    let mut signals = Signals::new(ending_signals()).map_err(failed)?;
     let theirs = cancel.clone();
     std::thread::Builder::new()
         .name("signals".to_owned())

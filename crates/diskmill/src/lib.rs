@@ -184,7 +184,7 @@ pub use diskmill_crypt::{self as crypt, Secret};
 pub use diskmill_format::{GuestOffset, HostOffset, Limits};
 pub use diskmill_io::{
     Allocation, EngineChoice, EnginePlan, FileStorage, MemoryStorage, OpenHow, PipeReader, PipeWriter,
-    SharedStorage, Storage, inherit_nothing, reflinks_in, unlink_all_pending,
+    SharedStorage, Storage, inherit_nothing, is_ignored, reflinks_in, unlink_all_pending,
 };
 pub use error::{Error, Kind};
 pub use image::{Image, ImageFile, OpenOptions, SnapshotRef};

@@ -24,6 +24,7 @@ mod memory;
 mod pipe;
 mod publish;
 mod reflink;
+mod signals;
 mod sys;
 mod temporary;
 
@@ -37,6 +38,7 @@ pub use memory::MemoryStorage;
 pub use pipe::{PipeReader, PipeWriter};
 pub use publish::{PendingFile, unlink_all_pending};
 pub use reflink::reflinks_in;
+pub use signals::is_ignored;
 pub use temporary::temporary;
 
 /// What is stored in a range, as far as the storage can tell without reading it.
