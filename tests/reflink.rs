@@ -108,7 +108,8 @@ fn every_pair_shares_its_blocks() {
                 if target_format == "qcow2" {
                     q.check_clean(&target);
                 }
-                assert!(mounted.used() - used < 3 << 20, "{source} → {target} takes space");
+                // XFS gives the blocks of removed files back a while later.
+                assert!(mounted.used().saturating_sub(used) < 3 << 20, "{source} → {target} takes space");
                 let target_file = dir.join(data_file(&target, suffix));
                 assert_ne!(is_shared(&target_file), Some(false), "{target_file:?}");
                 // Whoever writes to the one does not change the other.
