@@ -106,7 +106,8 @@ fn an_image_that_another_process_writes_is_left_alone() {
         let machine =
             ["-S", "-accel", "tcg", "-machine", "pc", "-m", "32", "-nodefaults", "-display", "none"];
         let holder = Cmd::new("qemu-system-x86_64").args(machine).args(["-drive", &drive]).dir(dir.path());
-        let holder = holder.limit(Duration::from_secs(100)).spawn();
+        // It ends even if this test does not.
+        let holder = holder.under(["timeout", "100"]).spawn();
         wait_for("the lock", Duration::from_secs(20), || {
             let probe = Cmd::new("qemu-io").args(["-f", format, "-c", "read 0 512", name]);
             probe.dir(dir.path()).run().code != Some(0)
