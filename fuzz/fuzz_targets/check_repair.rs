@@ -25,7 +25,11 @@ fuzz_target!(|data: &[u8]| {
     for repair in [Repair::Leaks, Repair::All] {
         let file = storage(data);
         let Some(repaired) = check(&file, repair) else { continue };
-        let Some(found) = &found else { panic!("a repair could do what the check could not") };
+        // -r all reads a damaged snapshot table that a check refuses.
+        let Some(found) = &found else {
+            assert!(repair == Repair::All, "a repair could do what the check could not");
+            continue;
+        };
         let left = check(&file, Repair::Nothing).expect("a repaired image can be checked");
         let counts = |report: &Report| (report.corruptions, report.leaks, report.check_errors);
         assert_eq!(counts(&repaired), counts(&left), "{repair:?}: before: {found:?}");

@@ -75,6 +75,8 @@ const CASES: &[Case] = &[
         d.set_refcount(end + cluster, 1);
         d.set_refcount(end + 3 * cluster, 9);
     }),
+    ("snapshots missing", |d| d.put(60, &5u32.to_be_bytes())),
+    ("little extra data of a snapshot", |d| d.put(d.u64(64) + 36, &8u32.to_be_bytes())),
     ("two on one cluster", |d| d.put64(d.l2(1), d.u64(d.l2(4)))),
     ("copied flags", |d| {
         d.put64(d.l2(1), d.u64(d.l2(1)) ^ COPIED);
@@ -182,7 +184,9 @@ fn judge(
     if guest.is_some() && content(Arc::clone(state)).as_deref() != guest {
         return Err("the guest reads something else".to_owned());
     }
-    let again = check(&**state, repair).map(|(report, _)| report.exit_code()).ok();
+    // What the first one leaked may be kept for snapshots that are missing, until a repair that misses none.
+    let again = || check(&**state, repair).map(|(report, _)| report.exit_code()).ok();
+    let again = again().filter(|&code| Some(code) == ended || code != 3).or_else(again);
     if ended.is_some() && again != ended {
         return Err(format!("a second repair ends with {again:?}, the first one with {ended:?}"));
     }

@@ -143,6 +143,20 @@ pub enum Finding {
         /// Index of the entry.
         index: u64,
     },
+    /// An entry of the snapshot table has more extra data than any can have.
+    SnapshotExtra {
+        /// Index of the entry.
+        index: u64,
+        /// Bytes, as it says.
+        bytes: u32,
+    },
+    /// The snapshot table ends before the header says.
+    SnapshotsEmpty {
+        /// Index of the first entry of zeros.
+        index: u64,
+        /// How many are missing.
+        count: u64,
+    },
     /// Snapshots, in an image with an external data file.
     SnapshotsExternal {
         /// How many.
@@ -249,6 +263,12 @@ impl fmt::Display for Finding {
                 "snapshot {id} ({name}) l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
             ),
             Self::SnapshotIncomplete { index } => write!(f, "snapshot table entry {index} is incomplete"),
+            Self::SnapshotExtra { index, bytes } => {
+                write!(f, "snapshot table entry {index} has too much extra data ({bytes} bytes)")
+            }
+            Self::SnapshotsEmpty { index, count } => {
+                write!(f, "{count} snapshot table entries from entry {index} on are empty")
+            }
             Self::SnapshotsExternal { count } => {
                 write!(
                     f,

@@ -16,6 +16,8 @@ use super::{CheckOptions, Finding, Repair, Report, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::reader::read_full;
 use refcounts::RefcountTable;
+use references::Patch;
+use snapshots::NewTable;
 
 /// Where the header has its incompatible feature bits (specification, "Header").
 const INCOMPATIBLE_FIELD: u64 = 72;
@@ -81,6 +83,10 @@ struct Pass<'a> {
     table: RefcountTable,
     /// Whether something in the active state does not have the copied flag.
     uncopied: bool,
+    /// Entries of L2 tables that are to be mended, once it is known that nothing else stands there.
+    patches: Vec<Patch>,
+    /// The snapshot table must be written anew.
+    new_snapshots: Option<NewTable>,
     /// A table that may refer to clusters cannot be followed: what looks like a leak may be its.
     lost: bool,
     report: Report,
@@ -97,11 +103,16 @@ impl<'a> Pass<'a> {
         let mut start = vec![0; 512];
         let got = read_full(file, &mut start, 0)?;
         start.truncate(got);
-        let header = Header::parse(&start, limits)?;
+        let mut header_limits = limits.clone();
+        if repair == Repair::All {
+            // A wrong number of them is mended.
+            header_limits.qcow2_snapshots = u32::MAX;
+        }
+        let header = Header::parse(&start, &header_limits)?;
         let mut cluster = vec![0; header.geometry.cluster_size() as usize];
         let got = read_full(file, &mut cluster, 0)?;
         cluster.truncate(got);
-        let HeaderArea { header, extensions, .. } = HeaderArea::parse(&cluster, limits)?;
+        let HeaderArea { header, extensions, .. } = HeaderArea::parse(&cluster, &header_limits)?;
         let external = header.has(feature::DATA_FILE);
         Ok(Self {
             disk: Disk::new(file)?,
@@ -114,6 +125,8 @@ impl<'a> Pass<'a> {
             beyond: Counts::default(),
             table: RefcountTable::default(),
             uncopied: false,
+            patches: Vec::new(),
+            new_snapshots: None,
             lost: false,
             report: Report {
                 total_clusters: header.size.div_ceil(header.geometry.cluster_size()),
@@ -127,6 +140,7 @@ impl<'a> Pass<'a> {
     fn run(mut self) -> Result<Outcome> {
         self.count_references()?;
         self.count_refcount_structures()?;
+        self.apply_patches()?;
         if self.report.corruptions_fixed > 0 {
             // Entries that were cleared must be durable before what they referred to is given free.
             self.disk.barrier()?;
@@ -149,6 +163,7 @@ impl<'a> Pass<'a> {
             }
         }
         self.check_copied()?;
+        self.write_snapshots()?;
         self.settle()
     }
 

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 
 use super::super::counts::Counts;
 use super::{Finding, Pass, Repair, Verdict};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bits of a refcount table entry that are no offset (specification, "Refcount table").
 const RESERVED: u64 = 0x1ff;
@@ -212,6 +212,51 @@ impl Pass<'_> {
         }
         let index = (cluster % per_block) as usize;
         Ok(self.table.block.as_ref().and_then(|(_, block)| self.width().get(block, index)))
+    }
+
+    /// The first of `len` clusters in a row that are free, and whose refcounts have their places.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`](crate::Kind::Unsupported) if there are none.
+    pub(super) fn free_run(&mut self, len: u64) -> Result<u64> {
+        let per_block = self.width().entries(self.cluster_size());
+        let (mut first, mut found) = (0, 0);
+        for index in self.table.entries.iter().map(|&(index, _)| index).collect::<Vec<_>>() {
+            let start = index.saturating_mul(per_block);
+            // Offsets have 56 bits.
+            let end = start.saturating_add(per_block).min(1 << (56 - self.geometry().cluster_bits()));
+            for cluster in start..end {
+                let unused = self.counts.get(cluster) == 0 && self.beyond.get(cluster) == 0;
+                if !unused || self.refcount(cluster)? != Some(0) {
+                    found = 0;
+                    continue;
+                }
+                if found == 0 || first + found != cluster {
+                    (first, found) = (cluster, 0);
+                }
+                found += 1;
+                if found == len {
+                    return Ok(first);
+                }
+            }
+        }
+        Err(Error::unsupported("finding room for a new snapshot table where no refcount block has any left")
+            .hint("convert --snapshot copies the snapshots one by one"))
+    }
+
+    /// Sets the refcount of a cluster, whose block must be there.
+    pub(super) fn put_refcount(&mut self, cluster: u64, count: u64) -> Result<()> {
+        let width = self.width();
+        let per_block = width.entries(self.cluster_size());
+        let offset = self.table.entry(cluster / per_block) & !RESERVED;
+        if offset == 0 {
+            return Err(Error::invalid("a refcount without its block"));
+        }
+        self.table.block = None;
+        let mut block = vec![0; self.cluster_size() as usize];
+        self.disk.read(&mut block, offset)?;
+        width.set(&mut block, (cluster % per_block) as usize, count);
+        self.disk.write(&block, offset)
     }
 
     /// Whether some refcount of a cluster with references differs from their number.

@@ -170,7 +170,8 @@ impl Pass<'_> {
                     continue;
                 }
                 let slot = (piece_at / 8 / words + index) as u64;
-                let Some(kind) = self.inspect(slot, entry, bitmap, all) else { continue };
+                let at = offset.saturating_add((piece_at + index * words * 8) as u64);
+                let Some(kind) = self.inspect((offset, at), (slot, entry, bitmap), all)? else { continue };
                 match kind {
                     Kept::Packed(at, len) => {
                         self.flush(&mut run, all)?;
@@ -183,7 +184,7 @@ impl Pass<'_> {
                         if !host.is_multiple_of(cluster) {
                             let finding = Finding::ClusterMisaligned { offset: host, data };
                             if self.repair == Repair::All && !data {
-                                self.clear(offset + (piece_at + index * words * 8) as u64)?;
+                                self.clear(at)?;
                                 self.repaired(&finding);
                                 continue;
                             }
@@ -233,25 +234,32 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// What an L2 entry that is not 0 refers to, if anything; with errors noted.
-    fn inspect(&mut self, index: u64, entry: u64, bitmap: u64, times: u64) -> Option<Kept> {
+    /// What an L2 entry that is not 0 refers to, if anything; with errors noted. `place`: of its table, and its own.
+    fn inspect(
+        &mut self,
+        place: (u64, u64),
+        (index, entry, bitmap): (u64, u64, u64),
+        times: u64,
+    ) -> Result<Option<Kept>> {
         let extended = self.geometry().extended_l2();
         if entry & COMPRESSED != 0 {
             if self.external() {
                 self.error(&Finding::CompressedExternal { index, entry }, times);
-                return None;
+                return Ok(None);
             }
             let (offset, len) = self.entries.compressed_range(entry);
             if entry & COPIED != 0 {
                 self.error(&Finding::CompressedCopied { offset }, times);
             }
             if bitmap != 0 {
-                // It may be a payload all the same: what looks like a leak is kept.
-                self.lost = true;
-                self.error(&Finding::CompressedSubclusters { index, entry }, times);
-                return None;
+                let finding = Finding::CompressedSubclusters { index, entry };
+                if !self.mend_bitmap(finding, place, 0, times)? {
+                    // It may be a payload all the same: what looks like a leak is kept.
+                    self.lost = true;
+                    return Ok(None);
+                }
             }
-            return Some(Kept::Packed(offset, len));
+            return Ok(Some(Kept::Packed(offset, len)));
         }
         if entry & L2_RESERVED != 0 {
             self.error(&Finding::L2Reserved { entry }, times);
@@ -260,16 +268,50 @@ impl Pass<'_> {
         let allocated = bitmap & 0xffff_ffff;
         if offset == 0 && !(self.external() && entry & COPIED != 0) {
             if allocated != 0 {
-                self.error(&Finding::UnallocatedSubclusters, times);
+                let finding = Finding::UnallocatedSubclusters;
+                // What looks like a leak may be the cluster.
+                self.lost |= self.mend_bitmap(finding, place, bitmap ^ allocated, times)?;
             }
-            return None;
+            return Ok(None);
         }
-        if allocated & bitmap >> 32 != 0 {
-            // The cluster is still the entry's.
-            self.error(&Finding::BadSubclusters { offset }, times);
+        let both = allocated & bitmap >> 32;
+        if both != 0 {
+            // The cluster is still the entry's, and what is in it is kept.
+            self.mend_bitmap(Finding::BadSubclusters { offset }, place, bitmap ^ both << 32, times)?;
         }
         let data = if extended { allocated != 0 } else { entry & ZERO == 0 };
-        Some(Kept::Cluster { offset, data })
+        Ok(Some(Kept::Cluster { offset, data }))
+    }
+
+    /// Notes that the subcluster bitmap of the entry at `place` is wrong, or is to be `bitmap` if that is repaired. Tells
+    /// whether it is.
+    fn mend_bitmap(
+        &mut self,
+        finding: Finding,
+        (table, at): (u64, u64),
+        bitmap: u64,
+        times: u64,
+    ) -> Result<bool> {
+        if self.repair != Repair::All || !table.is_multiple_of(self.cluster_size()) {
+            self.error(&finding, times);
+            return Ok(false);
+        }
+        self.budget.charge(std::mem::size_of::<Patch>() as u64)?;
+        self.patches.push(Patch { finding, table, at: at.saturating_add(8), bitmap, times });
+        Ok(true)
+    }
+
+    /// Repairs the entries that are to be, but for those of tables that something else lies on, too.
+    pub(super) fn apply_patches(&mut self) -> Result<()> {
+        for Patch { finding, table, at, bitmap, times } in std::mem::take(&mut self.patches) {
+            if self.counts.get(self.cluster_of(table)) == times {
+                self.disk.write(&bitmap.to_be_bytes(), at)?;
+                self.repaired(&finding);
+            } else {
+                self.error(&finding, times);
+            }
+        }
+        Ok(())
     }
 
     /// Makes the L2 entry at `at` one that reads as zeros and has no cluster.
@@ -322,6 +364,18 @@ impl Pass<'_> {
         }
         Ok(())
     }
+}
+
+/// The subcluster bitmap of an L2 entry that is to be mended.
+pub(super) struct Patch {
+    finding: Finding,
+    /// Offset of the L2 table, and how many L1 entries refer to it.
+    table: u64,
+    times: u64,
+    /// Offset of the bitmap.
+    at: u64,
+    /// What it is to be.
+    bitmap: u64,
 }
 
 /// What an L2 entry keeps in the file.
