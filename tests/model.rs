@@ -3,7 +3,9 @@
 //! `PROPTEST_CASES` sets the number of cases (default 64 here); a failure prints the smallest case.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
-use diskmill_testkit::{ModelDisk, Op, Oracle, Step, Tool, legalise, ops, same_content, scratch, unpack};
+use diskmill_testkit::{
+    ModelDisk, Op, Oracle, Step, Tool, legalise, ops, proptest_config, same_content, scratch, unpack,
+};
 use proptest::prelude::*;
 
 fn diskmill() -> Tool {
@@ -150,18 +152,8 @@ fn check(layers: &[Layer], target: &Target) {
     q.identical(("qcow2", &top), ("qcow2", "out.qcow2"));
 }
 
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
-    ProptestConfig {
-        cases: cases.unwrap_or(64),
-        max_shrink_iters: 300,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    }
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(proptest_config(64, 300))]
 
     #[test]
     fn one_image(layer in layer(), target in target()) {

@@ -7,7 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use diskmill_testkit::content::{Pattern, fill};
-use diskmill_testkit::{ModelDisk, Mounted, Oracle, Step, Tool, legalise, ops, scratch, unpack};
+use diskmill_testkit::{
+    ModelDisk, Mounted, Oracle, Step, Tool, legalise, ops, proptest_config, scratch, unpack,
+};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use serde_json::Value;
@@ -194,11 +196,8 @@ fn random_layouts_read_the_same_when_cloned() {
     if Oracle::find(scratch().path()).is_none() {
         return;
     }
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(48);
-    let config =
-        ProptestConfig { cases, max_shrink_iters: 200, failure_persistence: None, ..Default::default() };
     let shared = Cell::new(0);
-    TestRunner::new(config)
+    TestRunner::new(proptest_config(48, 200))
         .run(&case(), |case| {
             shared.set(shared.get() + check(&case, &dir));
             Ok(())

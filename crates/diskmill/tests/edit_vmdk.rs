@@ -11,7 +11,9 @@ use diskmill::edit::ZeroHow;
 use diskmill::{Allow, Image, Kind, OpenOptions, OpenPolicy};
 use diskmill_io::{FaultyStorage, MemoryStorage};
 use diskmill_testkit::content::{Pattern, fill};
-use diskmill_testkit::{ModelDisk, Op, Oracle, Step, legalise, ops, scratch, steps, unpack};
+use diskmill_testkit::{
+    ModelDisk, Op, Oracle, Step, legalise, ops, proptest_config, same, scratch, steps, unpack,
+};
 use proptest::prelude::*;
 
 const GRAIN: u64 = 64 << 10;
@@ -29,13 +31,6 @@ fn content(image: &Image) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(image.size()).unwrap()];
     image.read_at(&mut bytes, 0).unwrap();
     bytes
-}
-
-fn same(got: &[u8], want: &[u8], what: &str) {
-    if got != want {
-        let at = got.iter().zip(want).position(|(a, b)| a != b);
-        panic!("{what}: {} and {} bytes, first difference at {at:?}", got.len(), want.len());
-    }
 }
 
 /// What a discard leaves is left to the format: zeros are asked for instead.
@@ -139,9 +134,14 @@ fn run((disk, base, rounds): Case) {
 
 #[test]
 fn ours_and_qemus_writes_in_turn() {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(32);
-    let config = ProptestConfig { cases, max_shrink_iters: 200, ..ProptestConfig::default() };
-    proptest!(config, |(case in case())| run(case));
+    proptest!(proptest_config(32, 200), |(case in case())| run(case));
+}
+
+#[test]
+fn qemu_writes_to_a_split_disk_that_we_did_not_touch() {
+    let step = |seed| Step { op: Op::Write(Pattern::Byte(0)), start: 0, len: 512, seed };
+    let disk = Disk { options: "subformat=twoGbMaxExtentSparse", backed: false, size: 2_607_616 };
+    run((disk, vec![step(0)], vec![(false, vec![step(356_734_884)])]));
 }
 
 #[test]

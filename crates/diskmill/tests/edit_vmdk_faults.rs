@@ -14,7 +14,7 @@ use diskmill::edit::ZeroHow;
 use diskmill::{Allow, Image, ImageFile, Kind, OpenOptions, OpenPolicy};
 use diskmill_io::{FaultyStorage, MemoryStorage, Moment, SharedStorage, Storage};
 use diskmill_testkit::content::disk;
-use diskmill_testkit::{Op, Oracle, Step, legalise, scratch, steps};
+use diskmill_testkit::{Op, Oracle, Step, legalise, same, scratch, steps};
 
 const GRAIN: u64 = 64 << 10;
 
@@ -56,13 +56,6 @@ fn plain(mut steps: Vec<Step>, size: u64) -> Vec<Step> {
     }
     legalise(&mut steps, size, GRAIN);
     steps
-}
-
-fn same(got: &[u8], want: &[u8], what: &str) {
-    if got != want {
-        let at = got.iter().zip(want).position(|(a, b)| a != b);
-        panic!("{what}: {} and {} bytes, first difference at {at:?}", got.len(), want.len());
-    }
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {

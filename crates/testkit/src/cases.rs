@@ -4,7 +4,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use proptest::test_runner::Config;
+
 use crate::content::Rng;
+
+/// How proptest runs: `cases` unless `PROPTEST_CASES` says otherwise, at most `shrinks` steps towards a smaller case, and
+/// no file of failures: a case that failed becomes a test of its own.
+pub fn proptest_config(cases: u32, shrinks: u32) -> Config {
+    let set = std::env::var("PROPTEST_CASES").ok().and_then(|number| number.parse().ok());
+    Config {
+        cases: set.unwrap_or(cases),
+        max_shrink_iters: shrinks,
+        failure_persistence: None,
+        ..Config::default()
+    }
+}
 
 /// Rows (one choice index per dimension) in which every pair of choices that `valid` allows occurs.
 ///

@@ -56,6 +56,14 @@ pub fn same_content(path: &Path, want: &[u8]) {
     }
 }
 
+/// Panics unless `got` is `want`; says of `what` that is, how long both are and where they differ first.
+pub fn same(got: &[u8], want: &[u8], what: &str) {
+    if got != want {
+        let at = got.iter().zip(want).position(|(a, b)| a != b);
+        panic!("{what}: {} and {} bytes, first difference at {at:?}", got.len(), want.len());
+    }
+}
+
 /// Calls `f` with the bytes of each stretch of data, or with `None` and the length of each hole.
 fn each_run(path: &Path, mut f: impl FnMut(Option<&[u8]>, u64)) -> io::Result<()> {
     let file = File::open(path)?;

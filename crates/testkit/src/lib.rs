@@ -25,9 +25,9 @@ pub mod qcow2;
 mod require;
 pub mod stream_optimized;
 
-pub use cases::{pairwise, parallel};
+pub use cases::{pairwise, parallel, proptest_config};
 pub use command::{Cmd, Outcome, Running, Tool};
-pub use digest::{hex, same_content, sha256_bytes, sha256_file};
+pub use digest::{hex, same, same_content, sha256_bytes, sha256_file};
 pub use hive::empty_hive;
 pub use model::{ModelDisk, Op, Step, legalise, ops, steps, unpack};
 pub use mount::Mounted;

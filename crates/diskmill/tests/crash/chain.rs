@@ -330,7 +330,7 @@ crashes! {
     commit_of_version_2: Chain { options: ",compat=v2", base_options: "cluster_size=1k,compat=v2", ..CHAIN };
     commit_of_a_data_file: Chain { options: ",data_file=data.raw", ..CHAIN };
     commit_of_an_encrypted_overlay:
-        Chain { options: ",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", ..CHAIN };
+        Chain { options: ",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1", ..CHAIN };
     commit_that_keeps_the_overlay: Chain { what: What::Commit { base: BASE, keep: true }, ..CHAIN };
     commit_to_the_bottom: Chain { what: What::Commit { base: BOTTOM, keep: false }, ..CHAIN };
     commit_to_a_raw_file: Chain { what: What::Commit { base: RAW, keep: false }, on: Some(RAW), ..CHAIN };
@@ -355,7 +355,7 @@ crashes! {
     };
     rebase_flattens_version_2: Chain { what: FLATTEN, options: ",compat=v2", snapshots: true, ..CHAIN };
     rebase_flattens_an_encrypted_image:
-        Chain { what: FLATTEN, options: ",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", ..CHAIN };
+        Chain { what: FLATTEN, options: ",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1", ..CHAIN };
     rebase_without_a_look:
         Chain { what: What::Rebase { onto: Some(OTHER), mode: RebaseMode::Unsafe, how: How::Plain }, ..CHAIN };
     rebase_without_a_look_to_a_long_name:

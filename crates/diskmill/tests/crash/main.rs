@@ -410,7 +410,7 @@ fn report(name: &str, run: impl Fn(u64) -> Count + std::panic::RefUnwindSafe) {
 
 macro_rules! encrypted {
     ($more:literal) => {
-        concat!(",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", $more)
+        concat!(",encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1", $more)
     };
 }
 
@@ -467,12 +467,12 @@ crashes! {
     amendments_of_a_data_file: Kind { amends: true, options: ",data_file=data.raw", steps: 40, ..KIND };
     amendments_of_a_raw_data_file:
         Kind { amends: true, options: ",data_file=data.raw,data_file_raw=on", steps: 40, ..KIND };
-    encrypted: Kind { options: ENCRYPTED, snapshots: true, ..KIND };
+    encrypted: Kind { options: ENCRYPTED, snapshots: true, steps: 14, ..KIND };
     encrypted_over_a_backing_file:
-        Kind { options: ENCRYPTED, cluster: 1 << 14, size: 300 << 10, backed: true, amends: true, resizes: true, ..KIND };
+        Kind { options: ENCRYPTED, cluster: 1 << 14, size: 300 << 10, backed: true, amends: true, resizes: true, steps: 12, ..KIND };
     encrypted_subclusters:
-        Kind { options: ENCRYPTED_SUBCLUSTERS, cluster: 1 << 14, size: 300 << 10, snapshots: true, ..KIND };
+        Kind { options: ENCRYPTED_SUBCLUSTERS, cluster: 1 << 14, size: 300 << 10, snapshots: true, steps: 14, ..KIND };
     encrypted_in_the_legacy_way:
         Kind { options: ",encrypt.format=aes,encrypt.key-secret=s", backed: true, snapshots: true, ..KIND };
-    an_encrypted_data_file: Kind { options: ENCRYPTED_DATA_FILE, amends: true, ..KIND };
+    an_encrypted_data_file: Kind { options: ENCRYPTED_DATA_FILE, amends: true, steps: 14, ..KIND };
 }

@@ -36,7 +36,6 @@ impl Meta {
     /// as far as [`HeaderArea::rewrite`] says. All that was written before is durable then.
     pub(super) fn rewrite_area(&mut self, change: impl FnOnce(&mut HeaderArea)) -> Result<()> {
         self.commit()?;
-        self.sync()?;
         let cluster = self.first_cluster()?;
         let mut area = HeaderArea::parse(&cluster, &self.limits)?;
         change(&mut area);

@@ -1,15 +1,24 @@
-//! Random writes by us and by qemu-io in turn on one image, against a plain disk in memory.
+//! Random writes, snapshots, resizes, amendments, commits and rebases by us and by QEMU's tools in turn on one image and
+//! its chain, against a plain disk in memory.
 //!
-//! `PROPTEST_CASES` sets the number of cases (default 48 here); a failure prints the smallest case.
+//! `PROPTEST_CASES` sets the number of cases (default 64 here); a failure prints the smallest case.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+mod chain;
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use diskmill::edit::{Amendment, Preallocation, ZeroHow};
 use diskmill::{Allow, Image, OpenOptions, OpenPolicy, SnapshotRef};
-use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, legalise, ops, scratch, steps, unpack};
+use diskmill_testkit::{
+    ModelDisk, Op, Oracle, Script, Step, legalise, ops, proptest_config, same, scratch, steps, unpack,
+};
 use proptest::prelude::*;
+
+use chain::{Backing, Layer, backing, layer};
+
+const IMAGE: &str = "top.qcow2";
 
 #[derive(Clone, Debug)]
 struct Kind {
@@ -20,12 +29,16 @@ struct Kind {
     lazy: bool,
     data_file: bool,
     data_file_raw: bool,
-    backed: bool,
+    on: Backing,
     preallocated: bool,
     size: u64,
 }
 
 impl Kind {
+    fn backed(&self) -> bool {
+        self.on != Backing::Nothing
+    }
+
     fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
@@ -47,8 +60,9 @@ impl Kind {
 
 fn kind() -> impl Strategy<Value = Kind> {
     let cluster_bits = prop_oneof![3 => 9..=12u32, 3 => 13..=16u32, 1 => 17..=21u32];
-    (any::<[bool; 5]>(), 0..7u32, cluster_bits, 1..=1600u64, 0..6u8).prop_map(
-        |([v2, extended, lazy, backed, preallocated], refcount_order, cluster_bits, sectors, data)| {
+    (any::<[bool; 4]>(), 0..7u32, cluster_bits, 1..=1600u64, 0..6u8, backing()).prop_map(
+        |([v2, extended, lazy, preallocated], refcount_order, cluster_bits, sectors, data, on)| {
+            let backed = on != Backing::Nothing;
             let extended = extended && cluster_bits >= 14 && !v2;
             let data_file = data < 2 && !v2;
             let data_file_raw = data == 0 && data_file && !backed;
@@ -60,7 +74,7 @@ fn kind() -> impl Strategy<Value = Kind> {
                 lazy: lazy && !v2,
                 data_file,
                 data_file_raw,
-                backed,
+                on,
                 preallocated: preallocated && !backed && !v2,
                 size: sectors * 512 + 3 * (1 << cluster_bits) * u64::from(cluster_bits > 16),
             }
@@ -81,6 +95,11 @@ enum Act {
     Amend(Change),
     /// To this many sectors.
     Resize(u64, Preallocation),
+    Commit {
+        deep: bool,
+        keep: bool,
+    },
+    Rebase(Backing),
     Snapshot,
     /// One of those that there are, by a number of any size.
     Apply(usize),
@@ -129,17 +148,19 @@ fn round(size: u64, cluster: u64) -> impl Strategy<Value = Round> {
         2 => Just(Act::Snapshot),
         2 => change().prop_map(Act::Amend),
         3 => ((1..=3 * size / 512), preallocation()).prop_map(|(sectors, how)| Act::Resize(sectors, how)),
+        2 => any::<[bool; 2]>().prop_map(|[deep, keep]| Act::Commit { deep, keep }),
+        3 => backing().prop_map(Act::Rebase),
         1 => any::<usize>().prop_map(Act::Apply),
         1 => any::<usize>().prop_map(Act::Delete),
     ];
     (any::<bool>(), act).prop_map(|(ours, act)| Round { ours, act })
 }
 
-fn case() -> impl Strategy<Value = (Kind, Vec<Step>, Vec<Round>)> {
+fn case() -> impl Strategy<Value = (Kind, [Layer; 3], Vec<Round>)> {
     kind().prop_flat_map(|kind| {
         let cluster = kind.cluster();
-        let rounds = proptest::collection::vec(round(kind.size, cluster), 1..9);
-        (Just(kind.clone()), ops(kind.size, cluster, 1..8), rounds)
+        let rounds = proptest::collection::vec(round(kind.size, cluster), 1..10);
+        (Just(kind.clone()), [layer(), layer(), layer()], rounds)
     })
 }
 
@@ -172,40 +193,24 @@ fn content(image: &Image) -> Vec<u8> {
     bytes
 }
 
-fn same(got: &[u8], want: &[u8], what: &str) {
-    if got != want {
-        let at = got.iter().zip(want).position(|(a, b)| a != b);
-        panic!("{what}: {} and {} bytes, first difference at {at:?}", got.len(), want.len());
-    }
-}
-
-fn check((kind, base, rounds): (Kind, Vec<Step>, Vec<Round>)) {
+fn check((mut kind, below, rounds): (Kind, [Layer; 3], Vec<Round>)) {
     let dir = scratch();
     let dir = dir.path();
     let Some(q) = Oracle::find(dir) else { return };
-    let mut kind = kind;
-    let (size, cluster) = (kind.size, kind.cluster());
-    let mut model = ModelDisk::new(size, cluster);
-    if kind.backed {
-        let mut base = base;
-        legalise(&mut base, size, cluster);
-        q.create("base.qcow2", &format!("cluster_size={cluster}"), size);
-        if q.try_write("base.qcow2", "qcow2", &base).is_err() {
-            return;
-        }
-        base.iter().for_each(|step| model.apply(step));
-        q.create_over("a.qcow2", &kind.options(), size, ("base.qcow2", "qcow2"));
-        model = ModelDisk::over(&model, size, cluster, kind.v2);
-    } else {
-        q.create("a.qcow2", &kind.options(), size);
+    chain::make(&q, &below);
+    match kind.on.file() {
+        Some(backing) => q.create_over(IMAGE, &kind.options(), kind.size, backing),
+        None => q.create(IMAGE, &kind.options(), kind.size),
     }
-    let mut disk = Disk { q, path: dir.join("a.qcow2"), model, snapshots: Vec::new(), count: 0, fresh: true };
+    let model = chain::fresh(&q, &kind);
+    let mut disk = Disk { q, path: dir.join(IMAGE), model, snapshots: Vec::new(), count: 0, fresh: true };
     for round in rounds {
         if !disk.round(&mut kind, round) {
             return;
         }
-        disk.q.check_clean("a.qcow2");
-        same(&disk.q.content("a.qcow2", "qcow2"), disk.model.bytes(), "qemu-img reads");
+        disk.q.check_clean(IMAGE);
+        same(&disk.q.content(IMAGE, "qcow2"), disk.model.bytes(), "qemu-img reads");
+        disk.check_chain(&kind);
         if kind.data_file_raw {
             let raw = std::fs::read(dir.join("data.raw")).unwrap();
             same(&raw[..disk.model.bytes().len()], disk.model.bytes(), "the raw data file");
@@ -238,13 +243,15 @@ impl Disk {
         match act {
             Act::Write(steps) => return self.write(kind, ours, steps),
             Act::Amend(change) => self.amend(kind, ours, change),
+            Act::Commit { deep, keep } => self.commit(kind, ours, deep, keep),
+            Act::Rebase(onto) => self.rebase(kind, ours, onto),
             Act::Resize(sectors, how) => return self.resize(kind, ours, sectors * 512, how),
             Act::Snapshot | Act::Apply(_) | Act::Delete(_) if kind.data_file => {}
             Act::Snapshot => {
                 self.count += 1;
                 let name = format!("s{}", self.count);
                 if !ours {
-                    self.q.img(["snapshot", "-c", &name, "a.qcow2"]).ok();
+                    self.q.img(["snapshot", "-c", &name, IMAGE]).ok();
                 } else if let Err(error) = self.edit(|image| image.create_snapshot(&name, SystemTime::now()))
                 {
                     assert!(kind.refcount_order < 4 && error.kind() == diskmill::Kind::Limit, "{error}");
@@ -257,20 +264,20 @@ impl Disk {
                 let (name, model) = self.snapshots[which % self.snapshots.len()].clone();
                 let wanted = SnapshotRef::Any(name.clone());
                 if !ours {
-                    self.q.img(["snapshot", "-a", &name, "a.qcow2"]).ok();
+                    self.q.img(["snapshot", "-a", &name, IMAGE]).ok();
                 } else if let Err(error) = self.edit(|image| image.apply_snapshot(&wanted)) {
                     assert!(kind.refcount_order < 4 && error.kind() == diskmill::Kind::Limit, "{error}");
                     return true;
                 }
                 self.model = model;
-                self.model.set_discards(!(kind.v2 && kind.backed));
+                self.model.set_discards(!(kind.v2 && kind.backed()));
             }
             Act::Delete(which) => {
                 let (name, _) = self.snapshots.remove(which % self.snapshots.len());
                 if ours {
                     self.edit(|image| image.delete_snapshot(&SnapshotRef::Any(name))).unwrap();
                 } else {
-                    self.q.img(["snapshot", "-d", &name, "a.qcow2"]).ok();
+                    self.q.img(["snapshot", "-d", &name, IMAGE]).ok();
                 }
             }
         }
@@ -294,7 +301,7 @@ impl Disk {
             done.is_ok()
         } else {
             let option = format!("{name}={value}");
-            self.q.img(["amend", "-f", "qcow2", "-o", &option, "a.qcow2"]).run().code == Some(0)
+            self.q.img(["amend", "-f", "qcow2", "-o", &option, IMAGE]).run().code == Some(0)
         };
         match change {
             _ if !done => {}
@@ -302,7 +309,7 @@ impl Disk {
             Change::Width(order) => kind.refcount_order = order,
             Change::Lazy(lazy) => kind.lazy = lazy,
         }
-        self.model.set_discards(!(kind.v2 && kind.backed));
+        self.model.set_discards(!(kind.v2 && kind.backed()));
     }
 
     fn resize(&mut self, kind: &Kind, ours: bool, size: u64, how: Preallocation) -> bool {
@@ -313,13 +320,13 @@ impl Disk {
         }
         // QEMU shows what it finds behind the old end inside a cluster, cannot hide a backing file in version 2, and
         // fails where refcounts of other widths have to grow for preallocation.
-        let plain = !kind.backed && how == Preallocation::Off && old.is_multiple_of(kind.cluster());
+        let plain = !kind.backed() && how == Preallocation::Off && old.is_multiple_of(kind.cluster());
         if ours || !(plain || size < old) {
             let done = self.edit(|image| image.resize(size, how));
             assert!(done.is_ok(), "{done:?}");
         } else {
             let size = size.to_string();
-            self.q.img(["resize", "-q", "--shrink", "-f", "qcow2", "a.qcow2", &size]).ok();
+            self.q.img(["resize", "-q", "--shrink", "-f", "qcow2", IMAGE, &size]).ok();
         }
         self.model.resize(size);
         true
@@ -349,7 +356,7 @@ impl Disk {
         if ours {
             we_write(&self.path, &steps, &mut self.model);
         } else {
-            if let Err(refusal) = self.q.try_write("a.qcow2", "qcow2", &steps) {
+            if let Err(refusal) = self.q.try_write(IMAGE, "qcow2", &steps) {
                 assert!(steps.iter().any(|step| matches!(step.op, Op::Compressed(_))), "{refusal}");
                 return false;
             }
@@ -372,18 +379,8 @@ fn we_write(path: &Path, steps: &[Step], model: &mut ModelDisk) {
     image.close().unwrap();
 }
 
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok());
-    ProptestConfig {
-        cases: cases.unwrap_or(48),
-        max_shrink_iters: 300,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    }
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(proptest_config(64, 200))]
 
     #[test]
     fn writes_by_us_and_by_qemu(case in case()) {
@@ -419,26 +416,23 @@ fn an_image_that_qemu_did_not_close_is_counted_anew() {
     {
         let dir = scratch();
         let Some(q) = Oracle::find(dir.path()) else { return };
-        let (path, size) = (dir.path().join("a.qcow2"), 300 << 10);
-        q.create("a.qcow2", &format!("lazy_refcounts=on{options}"), size);
+        let (path, size) = (dir.path().join(IMAGE), 300 << 10);
+        q.create(IMAGE, &format!("lazy_refcounts=on{options}"), size);
         let mut model = ModelDisk::new(size, cluster);
         for turn in 0..3 {
             let theirs = steps(turn ^ cluster, size, cluster, 12, false);
             theirs.iter().for_each(|step| model.apply(step));
             let script = Script::new(&theirs);
-            q.io(["-f", "qcow2"])
-                .args(script.args())
-                .args(["-c", "flush", "-c", "sigraise 9", "a.qcow2"])
-                .run();
-            let dirty = q.info("a.qcow2")["dirty-flag"] == true;
+            q.io(["-f", "qcow2"]).args(script.args()).args(["-c", "flush", "-c", "sigraise 9", IMAGE]).run();
+            let dirty = q.info(IMAGE)["dirty-flag"] == true;
             assert!(dirty, "qemu-io closed the image all the same");
             let reader = Image::open(&path, &OpenOptions { writable: false, ..self::options() }).unwrap();
             same(&content(&reader), model.bytes(), "a dirty image is read");
             drop(reader);
             we_write(&path, &steps(!turn, size, cluster, 6, false), &mut model);
-            q.check_clean("a.qcow2");
-            same(&q.content("a.qcow2", "qcow2"), model.bytes(), "qemu-img reads");
-            assert!(q.info("a.qcow2")["dirty-flag"] == false, "the mark is still there");
+            q.check_clean(IMAGE);
+            same(&q.content(IMAGE, "qcow2"), model.bytes(), "qemu-img reads");
+            assert!(q.info(IMAGE)["dirty-flag"] == false, "the mark is still there");
         }
     }
 }
