@@ -157,3 +157,26 @@ fn a_header_that_costs_too_much_is_refused() {
         run(&["convert", "--key-file", "key", "bad", "out"]).fails(1).says(&["LUKS header", says]);
     }
 }
+
+#[test]
+fn passphrases_are_added_and_erased() {
+    let dir = scratch();
+    let run = diskmill(dir.path());
+    std::fs::write(dir.path().join("plain"), disk(7, 1 << 20)).unwrap();
+    for name in ["one", "two"] {
+        std::fs::write(dir.path().join(name), name).unwrap();
+    }
+    let luks = "encrypt.format=luks,encrypt.iter-time=5";
+    run(&["convert", "-O", "qcow2", "--target-key-file", "one", "-o", luks, "plain", "image"]).ok();
+    let quick = "encrypt.iter-time=5";
+    run(&["amend", "--new-key-file", "two", "image"]).fails(1).says(&["needs its passphrase"]);
+    run(&["amend", "--key-file", "one", "-o", quick, "--new-key-file", "two", "image"]).ok();
+    for key in ["one", "two"] {
+        run(&["compare", "--key-file", key, "image", "plain"]).ok();
+    }
+    run(&["amend", "--key-file", "two", "--erase-key-file", "one", "image"]).ok();
+    run(&["compare", "--key-file", "one", "image", "plain"]).fails(2).says(&["no key slot opens"]);
+    run(&["compare", "--key-file", "two", "image", "plain"]).ok();
+    run(&["amend", "--key-file", "two", "--erase-key-file", "two", "image"]).fails(1).says(&["irreversibly"]);
+    run(&["compare", "--key-file", "two", "image", "plain"]).ok();
+}

@@ -71,3 +71,92 @@ fn legacy_aes_is_the_same() {
         pair.same(&format!("compare {OBJECT} --image-opts {image} driver=raw,file.filename=plain"));
     }
 }
+
+/// Numbers of the key slots in use, in both programs' images.
+fn slots_in_use(pair: &Pair) -> [Vec<usize>; 2] {
+    [&pair.theirs, &pair.ours].map(|dir| {
+        let info = pair.oracle.at(dir.path()).info("l.qcow2");
+        let slots = &info["format-specific"]["data"]["encrypt"]["slots"];
+        let slots = slots.as_array().unwrap().iter().enumerate();
+        slots.filter(|(_, slot)| slot["active"] == true).map(|(index, _)| index).collect()
+    })
+}
+
+#[test]
+fn key_slots_are_changed_the_same() {
+    let fill = |oracle: &Oracle| {
+        let options = "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s";
+        let create = ["create", "-q", "-f", "qcow2", "-o", options, "l.qcow2", "1M"];
+        oracle.img(create).args(OBJECT.split(' ')).ok();
+        let write = ["-c", "write -P 7 64k 300k", "--image-opts", &opts("l.qcow2", "s")];
+        oracle.io(write).args(OBJECT.split(' ')).ok();
+        oracle.create("plain.qcow2", "", 1 << 20);
+    };
+    let Some(pair) = Pair::new(fill) else { return };
+    let new = "encrypt.state=active,encrypt.iter-time=10,encrypt.new-secret";
+    let erase = "encrypt.state=inactive";
+    let mut before = vec![0];
+    // The secret that opens the image, and the options.
+    for (secret, options) in [
+        ("s", "encrypt.state=active".to_owned()),
+        ("s", "encrypt.new-secret=t".to_owned()),
+        ("s", "encrypt.iter-time=10".to_owned()),
+        ("s", format!("{new}=gone")),
+        ("t", format!("{new}=t")),
+        ("s", format!("{new}=t,encrypt.old-secret=s")),
+        ("s", "encrypt.state=foo,encrypt.new-secret=t".to_owned()),
+        ("s", format!("{new}=t,encrypt.keyslot=8")),
+        ("s", format!("{new}=t,encrypt.keyslot=0")),
+        ("s", "encrypt.cipher-alg=aes-128".to_owned()),
+        ("s", format!("{erase},encrypt.keyslot=0")),
+        ("s", format!("{erase},encrypt.old-secret=s")),
+        ("s", format!("{new}=t")),
+        ("t", format!("{new}=t,encrypt.keyslot=6")),
+        ("s", format!("{new}=t,encrypt.keyslot=6")),
+        ("s", format!("{new}=s,encrypt.keyslot=6 --force")),
+        ("s", erase.to_owned()),
+        ("s", format!("{erase},encrypt.new-secret=t")),
+        ("s", format!("{erase},encrypt.iter-time=10,encrypt.keyslot=1")),
+        ("s", format!("{erase},encrypt.keyslot=3")),
+        ("s", format!("{erase},encrypt.keyslot=3,encrypt.old-secret=s")),
+        ("s", format!("{erase},encrypt.keyslot=9")),
+        ("s", format!("{erase},encrypt.keyslot=0,encrypt.old-secret=t")),
+        ("t", format!("{erase},encrypt.old-secret=s")),
+        ("s", format!("{new}=s")),
+        ("t", format!("{new}=s")),
+        ("s", format!("{erase},encrypt.old-secret=t")),
+        ("s", format!("{erase},encrypt.keyslot=0")),
+    ] {
+        pair.same(&format!("amend {OBJECT} -o {options} --image-opts {}", opts("l.qcow2", secret)));
+        let [theirs, ours] = slots_in_use(&pair);
+        assert_eq!(theirs, ours, "{secret}: {options}");
+        if theirs == before {
+            continue;
+        }
+        before = theirs;
+        // QEMU opens with the passphrases that we wrote.
+        for secret in ["s", "t"] {
+            let [theirs, ours] = [&pair.theirs, &pair.ours].map(|dir| {
+                let check = ["check", "-q", "--image-opts", &opts("l.qcow2", secret)];
+                pair.oracle.at(dir.path()).img(check).args(OBJECT.split(' ')).run().code
+            });
+            assert_eq!(theirs, ours, "{secret} after {options}");
+        }
+    }
+    let read = ["-c", "read -P 7 64k 300k", "--image-opts", &opts("l.qcow2", "s")];
+    let read = pair.oracle.at(pair.ours.path()).io(read).args(OBJECT.split(' ')).ok();
+    assert!(!read.out().contains("failed"), "{read}");
+    // With it all is lost.
+    pair.same(&format!(
+        "amend --force {OBJECT} -o {erase},encrypt.keyslot=0 --image-opts {}",
+        opts("l.qcow2", "s")
+    ));
+    pair.same(&format!(
+        "amend --force {OBJECT} -o {erase},encrypt.old-secret=s --image-opts {}",
+        opts("l.qcow2", "s")
+    ));
+    pair.same(&format!("amend {OBJECT} -o {new}=s --image-opts {}", opts("l.qcow2", "s")));
+    pair.same(&format!("amend {OBJECT} -o {new}=s plain.qcow2"));
+    pair.same(&format!("create -q -f qcow2 {OBJECT} -o encryption=on,encrypt.key-secret=s l.qcow2 1M"));
+    pair.same(&format!("amend {OBJECT} -o {new}=t --image-opts {}", opts("l.qcow2", "s")));
+}

@@ -2,13 +2,14 @@
 
 use std::io::{Write, stdout};
 
-use diskmill::edit::Amendment;
+use diskmill::edit::{Amendment, KeySlotChange};
 use diskmill::qcow2::{Compat, Qcow2Info, feature};
 use diskmill::{Error, FormatInfo, Image, Kind};
 
 use super::drivers::Driver;
 use super::getopt::Args;
 use super::node::Context;
+use super::object::Secrets;
 use super::opts::{Dict, join};
 use super::{Fail, Outcome, cache_mode, messages, resize};
 use crate::options::asks_for_help;
@@ -26,7 +27,8 @@ pub(super) fn run(args: Args) -> Outcome {
     }
     let file = args.one_file()?;
     cache_mode(&args, "cache", "cache")?;
-    let Some((_, mut image)) = Context::of(&args, "format")?.open_writable(file)? else {
+    let context = Context::of(&args, "format")?;
+    let Some((node, mut image)) = context.open_writable(file)? else {
         return Err(Fail::new("Format driver 'vmdk' does not support option amendment"));
     };
     let driver = Driver::amending(image.info().format.name()).map_err(Fail::new)?;
@@ -42,7 +44,12 @@ pub(super) fn run(args: Args) -> Outcome {
         return Err(Fail::new(format!("Invalid parameter '{name}'\n{why}")));
     }
     let dict = driver.check(&dict).map_err(Fail::new)?;
-    let changes = changes(&image, &dict).map_err(Fail::new)?;
+    let mut changes = changes(&image, &dict).map_err(Fail::new)?;
+    if let Some(keys) = &mut changes.keys {
+        with_secrets(keys, &context.secrets).map_err(Fail::new)?;
+        keys.keys = node.options().keys;
+        keys.force = args.has("force");
+    }
     let progress = args.has("progress") && !args.has("quiet");
     if progress {
         write!(stdout(), "    (0.00/100%)\r")?;
@@ -75,10 +82,7 @@ fn changes(image: &Image, dict: &Dict) -> Result<Amendment, String> {
                 return Err(format!("Unknown compatibility level {value}"));
             }
             "backing_file" | "backing_fmt" => continue,
-            name if name.starts_with("encrypt.") => {
-                return Err(format!("amending the option '{name}' is not supported"));
-            }
-            _ => changes.set(name, value).map_err(|error| error.to_string())?,
+            _ => changes.set(name, value).map_err(|error| error.message().to_owned())?,
         }
     }
     let bits = changes.refcount_bits;
@@ -120,6 +124,12 @@ fn changes(image: &Image, dict: &Dict) -> Result<Amendment, String> {
     Ok(changes)
 }
 
+fn with_secrets(change: &mut KeySlotChange, secrets: &Secrets) -> Result<(), String> {
+    let get = |id: &Option<String>| id.as_deref().map(|id| secrets.get(id)).transpose();
+    (change.new, change.old) = (get(&change.new_secret)?, get(&change.old_secret)?);
+    Ok(())
+}
+
 fn downgradable(info: &Qcow2Info, bits: Option<u64>) -> Result<(), String> {
     let header = &info.area.header;
     if header.has(feature::DATA_FILE) {
@@ -151,6 +161,7 @@ fn reason(error: &Error, changes: &Amendment, size: u64) -> String {
         Kind::Unsupported if text.contains("a snapshot of another size") => {
             "Internal snapshots prevent downgrade of image".to_owned()
         }
+        Kind::Invalid if changes.keys.is_some() => error.message().to_owned(),
         Kind::Invalid | Kind::Limit | Kind::Unsupported if changes.size.is_some() => {
             resize::reason(error, size, diskmill::Format::Qcow2, diskmill::edit::Preallocation::Off)
         }

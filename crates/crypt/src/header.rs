@@ -1,10 +1,11 @@
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use subtle::ConstantTimeEq;
 
 use crate::cipher::{Algorithm, CipherSpec, IvGenerator, Mode, SECTOR, SectorCipher};
 use crate::split::{merge, split};
-use crate::{CryptError, Hash, Secret};
+use crate::{CryptError, Hash, Secret, random};
 
 /// Bytes in the fixed part of a header.
 pub const HEADER_BYTES: usize = 592;
@@ -13,6 +14,9 @@ pub const KEY_SLOTS: usize = 8;
 
 const MAGIC: &[u8; 6] = b"LUKS\xba\xbe";
 const VERSION: u16 = 1;
+/// Where the slots stand in the header, and their length in bytes (specification, section 2.2).
+const SLOTS_AT: usize = 208;
+const SLOT_BYTES: usize = 48;
 const SLOT_ENABLED: u32 = 0x00ac_71f3;
 const SLOT_DISABLED: u32 = 0x0000_dead;
 const SALT: usize = 32;
@@ -171,19 +175,88 @@ impl Header {
         passphrase: &Secret,
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<Secret, E> {
-        for slot in self.slots.iter().filter(|slot| slot.active) {
-            let mut material = self.material();
-            read(slot.material_offset, material.bytes_mut())?;
-            let slot_key = self.slot_key(passphrase, slot);
-            SectorCipher::new(self.cipher, &slot_key)?.decrypt(material.bytes_mut(), 0);
-            let whole = self.key_bytes as usize * STRIPES as usize;
-            let stripes = material.bytes().get(..whole).unwrap_or_default();
-            let key = merge(self.hash, stripes, self.key_bytes as usize);
-            if bool::from(self.digest_of(&key).ct_eq(&self.digest)) {
+        for slot in &self.slots {
+            if let Some(key) = self.open_slot(slot, passphrase, &mut read)? {
                 return Ok(key);
             }
         }
         Err(CryptError::WrongPassphrase.into())
+    }
+
+    /// The disk's key, if `slot` is active and opens. `read` as for [`unlock`](Self::unlock).
+    ///
+    /// # Errors
+    /// What `read` fails with.
+    pub fn open_slot<E: From<CryptError>>(
+        &self,
+        slot: &KeySlot,
+        passphrase: &Secret,
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Option<Secret>, E> {
+        if !slot.active {
+            return Ok(None);
+        }
+        let mut material = self.material();
+        read(slot.material_offset, material.bytes_mut())?;
+        let slot_key = self.slot_key(passphrase, slot);
+        SectorCipher::new(self.cipher, &slot_key)?.decrypt(material.bytes_mut(), 0);
+        let whole = self.key_bytes as usize * STRIPES as usize;
+        let stripes = material.bytes().get(..whole).unwrap_or_default();
+        let key = merge(self.hash, stripes, self.key_bytes as usize);
+        Ok(bool::from(self.digest_of(&key).ct_eq(&self.digest)).then_some(key))
+    }
+
+    /// Makes `key` open with `passphrase` through the slot of this number: the slot as it will be, and its key material,
+    /// which belongs at its [`material_offset`](KeySlot::material_offset). A try takes about `iter_time`.
+    ///
+    /// # Errors
+    /// As [`material_range`](Self::material_range); [`CryptError::NoRandom`].
+    pub fn fill_slot(
+        &self,
+        index: usize,
+        key: &Secret,
+        passphrase: &Secret,
+        iter_time: Duration,
+    ) -> Result<(KeySlot, Vec<u8>), CryptError> {
+        let mut slot = KeySlot {
+            active: true,
+            iterations: iterations(self.hash, self.key_bytes as usize, iter_time),
+            salt: [0; SALT],
+            material_offset: self.material_range(index)?.start,
+            stripes: STRIPES,
+        };
+        random(&mut slot.salt)?;
+        let mut stripes = self.material();
+        let whole = self.key_bytes as usize * STRIPES as usize;
+        split(self.hash, key, stripes.bytes_mut().get_mut(..whole).unwrap_or_default())?;
+        let slot_key = self.slot_key(passphrase, &slot);
+        SectorCipher::new(self.cipher, &slot_key)?.encrypt(stripes.bytes_mut(), 0);
+        Ok((slot, stripes.bytes().to_vec()))
+    }
+
+    /// Where the key material of a slot stands, in bytes from the header's start. It may be written: nothing else is
+    /// there.
+    ///
+    /// # Errors
+    /// [`CryptError::Corrupt`] if it overlaps the header, the payload or another slot's, or there is no such slot.
+    pub fn material_range(&self, index: usize) -> Result<Range<u64>, CryptError> {
+        let len = self.material().bytes().len() as u64;
+        let range = |slot: &KeySlot| slot.material_offset..slot.material_offset.saturating_add(len);
+        let wrong = || CryptError::Corrupt(format!("the key material of slot {index} overlaps something"));
+        let own = range(self.slots.get(index).ok_or_else(wrong)?);
+        let overlaps = |other: &KeySlot| own.start < range(other).end && range(other).start < own.end;
+        let others = self.slots.iter().enumerate().filter(|(other, _)| *other != index);
+        let outside = own.start < HEADER_BYTES as u64 || own.end > self.payload_offset;
+        if outside || others.into_iter().any(|(_, other)| overlaps(other)) {
+            return Err(wrong());
+        }
+        Ok(own)
+    }
+
+    /// Where the slot of this number stands in the header, in bytes.
+    #[must_use]
+    pub const fn slot_offset(index: usize) -> usize {
+        SLOTS_AT + index * SLOT_BYTES
     }
 
     fn slot_key(&self, passphrase: &Secret, slot: &KeySlot) -> Secret {
@@ -206,10 +279,10 @@ impl Header {
     pub fn create(new: &NewHeader, passphrase: &Secret) -> Result<(Secret, Vec<u8>), CryptError> {
         let mut key = Secret::zeros(new.key_bytes as usize);
         SectorCipher::new(new.cipher, &key)?;
-        fill(key.bytes_mut())?;
+        random(key.bytes_mut())?;
         let material = new.material();
         let slot = |index: usize| KeySlot {
-            active: index == 0,
+            active: false,
             iterations: 0,
             salt: [0; SALT],
             material_offset: MATERIAL_ALIGN + index as u64 * material,
@@ -227,21 +300,15 @@ impl Header {
             uuid: random_uuid()?,
             slots: std::array::from_fn(slot),
         };
-        fill(&mut header.digest_salt)?;
+        random(&mut header.digest_salt)?;
         header.digest = header.digest_of(&key);
+        let (slot, material) = header.fill_slot(0, &key, passphrase, new.iter_time)?;
+        let material_offset = slot.material_offset as usize;
         let [first, ..] = &mut header.slots;
-        first.iterations = iterations(new.hash, new.key_bytes as usize, new.iter_time);
-        fill(&mut first.salt)?;
-        let first = first.clone();
-
-        let mut stripes = header.material();
-        let whole = header.key_bytes as usize * STRIPES as usize;
-        split(header.hash, &key, stripes.bytes_mut().get_mut(..whole).unwrap_or_default())?;
-        let slot_key = header.slot_key(passphrase, &first);
-        SectorCipher::new(header.cipher, &slot_key)?.encrypt(stripes.bytes_mut(), 0);
+        *first = slot;
         let mut bytes = header.fixed_part();
-        bytes.resize(first.material_offset as usize, 0);
-        bytes.extend_from_slice(stripes.bytes());
+        bytes.resize(material_offset, 0);
+        bytes.extend_from_slice(&material);
         bytes.resize(header.payload_offset as usize, 0);
         Ok((key, bytes))
     }
@@ -250,7 +317,6 @@ impl Header {
     #[must_use]
     pub fn fixed_part(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER_BYTES);
-        let sectors = |bytes: u64| u32::try_from(bytes / SECTOR as u64).unwrap_or(u32::MAX).to_be_bytes();
         out.extend_from_slice(MAGIC);
         out.extend_from_slice(&VERSION.to_be_bytes());
         for text in [self.cipher.algorithm.name(), &self.cipher.mode_name(), self.hash.name()] {
@@ -262,16 +328,36 @@ impl Header {
         out.extend_from_slice(&self.digest_salt);
         out.extend_from_slice(&self.digest_iterations.to_be_bytes());
         push_text(&mut out, &self.uuid, 40);
-        for slot in &self.slots {
-            let state = if slot.active { SLOT_ENABLED } else { SLOT_DISABLED };
-            out.extend_from_slice(&state.to_be_bytes());
-            out.extend_from_slice(&slot.iterations.to_be_bytes());
-            out.extend_from_slice(&slot.salt);
-            out.extend_from_slice(&sectors(slot.material_offset));
-            out.extend_from_slice(&slot.stripes.to_be_bytes());
-        }
+        self.slots.iter().for_each(|slot| out.extend(slot.encode()));
         out
     }
+}
+
+impl KeySlot {
+    /// The slot as it stands in a header; its first 4 bytes tell whether it is active.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let state = if self.active { SLOT_ENABLED } else { SLOT_DISABLED };
+        let fields = [
+            &state.to_be_bytes()[..],
+            &self.iterations.to_be_bytes(),
+            &self.salt,
+            &sectors(self.material_offset),
+            &self.stripes.to_be_bytes(),
+        ];
+        fields.concat()
+    }
+
+    /// The same slot with nothing in it.
+    #[must_use]
+    pub const fn erased(&self) -> Self {
+        Self { active: false, iterations: 0, salt: [0; SALT], ..*self }
+    }
+}
+
+/// An offset as a header tells it.
+fn sectors(bytes: u64) -> [u8; 4] {
+    u32::try_from(bytes / SECTOR as u64).unwrap_or(u32::MAX).to_be_bytes()
 }
 
 fn push_text(out: &mut Vec<u8>, text: &str, room: usize) {
@@ -280,14 +366,10 @@ fn push_text(out: &mut Vec<u8>, text: &str, room: usize) {
     out.resize(end, 0);
 }
 
-fn fill(bytes: &mut [u8]) -> Result<(), CryptError> {
-    getrandom::fill(bytes).map_err(|_| CryptError::NoRandom)
-}
-
 /// A random UUID (RFC 9562, version 4) as text.
 fn random_uuid() -> Result<String, CryptError> {
     let mut bits = [0; 16];
-    fill(&mut bits)?;
+    random(&mut bits)?;
     let bits = u128::from_be_bytes(bits) & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
     let hex = format!("{bits:032x}");
     let groups: Vec<String> = [0..8, 8..12, 12..16, 16..20, 20..32]
@@ -380,6 +462,41 @@ mod tests {
         assert_eq!(header.unlock(&passphrase, reader(&bytes)).unwrap().bytes(), key.bytes());
         let wrong = header.unlock(&Secret::new(b"correct hors".to_vec()), reader(&bytes));
         assert_eq!(wrong.unwrap_err(), CryptError::WrongPassphrase);
+    }
+
+    #[test]
+    fn slots_are_filled_and_erased() {
+        let [one, two] = ["one", "two"].map(|text| Secret::new(text.into()));
+        let (key, mut bytes) = Header::create(&quick(), &one).unwrap();
+        let mut header = Header::parse(&bytes).unwrap();
+        let (slot, material) = header.fill_slot(6, &key, &two, Duration::from_millis(1)).unwrap();
+        let at = Header::slot_offset(6);
+        bytes[at..at + SLOT_BYTES].copy_from_slice(&slot.encode());
+        let range = header.material_range(6).unwrap();
+        assert!(range.end - range.start == material.len() as u64);
+        bytes[range.start as usize..range.end as usize].copy_from_slice(&material);
+        header = Header::parse(&bytes).unwrap();
+        assert_eq!(header.slots[6], slot);
+        assert_eq!(header.unlock(&two, reader(&bytes)).unwrap().bytes(), key.bytes());
+        assert!(header.open_slot(&header.slots[0], &two, reader(&bytes)).unwrap().is_none());
+        let erased = header.slots[0].erased();
+        bytes[208..208 + SLOT_BYTES].copy_from_slice(&erased.encode());
+        let header = Header::parse(&bytes).unwrap();
+        assert_eq!(header.unlock(&one, reader(&bytes)).unwrap_err(), CryptError::WrongPassphrase);
+        assert_eq!(header.unlock(&two, reader(&bytes)).unwrap().bytes(), key.bytes());
+    }
+
+    #[test]
+    fn material_that_overlaps_something_is_not_written() {
+        let (key, bytes) = Header::create(&quick(), &Secret::new(b"x".to_vec())).unwrap();
+        for (slot, at) in [(3, 0), (3, 8), (3, u32::MAX), (5, 4096 / 512)] {
+            let mut bytes = bytes.clone();
+            let place = Header::slot_offset(slot) + 40;
+            bytes[place..place + 4].copy_from_slice(&u32::to_be_bytes(at));
+            let header = Header::parse(&bytes).unwrap();
+            let refused = header.fill_slot(slot, &key, &key, Duration::ZERO).unwrap_err();
+            assert!(matches!(refused, CryptError::Corrupt(_)), "{slot} {at}");
+        }
     }
 
     #[test]

@@ -19,3 +19,11 @@ pub use error::CryptError;
 pub use hash::Hash;
 pub use header::{HEADER_BYTES, Header, KEY_SLOTS, KeySlot, NewHeader};
 pub use key::Secret;
+
+/// Fills `bytes` with random ones.
+///
+/// # Errors
+/// [`CryptError::NoRandom`].
+pub fn random(bytes: &mut [u8]) -> Result<(), CryptError> {
+    getrandom::fill(bytes).map_err(|_| CryptError::NoRandom)
+}

@@ -24,7 +24,7 @@ pub(crate) fn split(hash: Hash, key: &Secret, material: &mut [u8]) -> Result<(),
         return Err(CryptError::Corrupt("a key of no stripes".to_owned()));
     };
     let (random, end) = material.split_at_mut(last);
-    getrandom::fill(random).map_err(|_| CryptError::NoRandom)?;
+    crate::random(random)?;
     for stripe in random.chunks_exact(len.max(1)) {
         xor(sum.bytes_mut(), stripe);
         diffuse(hash, sum.bytes_mut());

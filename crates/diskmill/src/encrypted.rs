@@ -32,33 +32,59 @@ impl From<CryptError> for Error {
     }
 }
 
-/// Unlocks the LUKS header of `len` bytes at `at` in `file` with the first of `keys` that fits.
-///
-/// # Errors
-/// [`Kind::Denied`] if none does; `Corrupt`, `Unsupported` or `Limit` for the header; `Io`.
-pub(crate) fn unlock(file: &dyn Storage, at: u64, len: u64, keys: &[Secret]) -> Result<SectorCipher> {
-    let unlocked = || {
+/// The part of a file that holds a LUKS header with its key material.
+#[derive(Clone, Copy)]
+pub(crate) struct LuksArea<'a> {
+    pub(crate) file: &'a dyn Storage,
+    /// First byte.
+    pub(crate) at: u64,
+    /// Bytes.
+    pub(crate) len: u64,
+}
+
+impl LuksArea<'_> {
+    /// Unlocks the header with the first of `keys` that fits.
+    ///
+    /// # Errors
+    /// [`Kind::Denied`] if none does; `Corrupt`, `Unsupported` or `Limit` for the header; `Io`.
+    pub(crate) fn cipher(self, keys: &[Secret]) -> Result<SectorCipher> {
+        let header = self.header()?;
+        Ok(SectorCipher::new(header.cipher, &self.unlock(&header, keys)?)?)
+    }
+
+    pub(crate) fn header(self) -> Result<Header> {
         let mut fixed = [0; HEADER_BYTES];
-        read_exact(file, &mut fixed, at)?;
-        let header = Header::parse(&fixed)?;
-        let mut read = |offset: u64, out: &mut [u8]| {
-            // Key material lies inside the header's room: it must not be made of anything else in the file.
-            let end = offset.checked_add(out.len() as u64);
-            match (at.checked_add(offset), end) {
-                (Some(position), Some(end)) if end <= len => read_exact(file, out, position),
-                _ => Err(Error::new(Kind::Corrupt, "a key slot lies outside the header's room")),
+        let header = read_exact(self.file, &mut fixed, self.at).and_then(|()| Ok(Header::parse(&fixed)?));
+        header.map_err(|error: Error| error.within("LUKS header", self.at))
+    }
+
+    /// The disk's key.
+    pub(crate) fn unlock(self, header: &Header, keys: &[Secret]) -> Result<Secret> {
+        let unlocked = || {
+            for key in keys {
+                match header.unlock(key, |offset, out: &mut [u8]| self.read(offset, out)) {
+                    Err(error) if error.kind() == Kind::Denied => {}
+                    done => return done,
+                }
             }
+            Err(wrong_key(keys))
         };
-        for key in keys {
-            match header.unlock(key, &mut read) {
-                Ok(key) => return Ok(SectorCipher::new(header.cipher, &key)?),
-                Err(error) if error.kind() == Kind::Denied => {}
-                Err(error) => return Err(error),
-            }
+        unlocked().map_err(|error: Error| error.within("LUKS header", self.at))
+    }
+
+    /// Reads key material at an offset from the header's start.
+    pub(crate) fn read(self, offset: u64, out: &mut [u8]) -> Result<()> {
+        read_exact(self.file, out, self.place(offset, out.len() as u64)?)
+    }
+
+    /// Where `len` bytes at an offset from the header's start stand in the file. They lie inside the header's room: key
+    /// material must not be made of anything else in the file.
+    pub(crate) fn place(self, offset: u64, len: u64) -> Result<u64> {
+        match (self.at.checked_add(offset), offset.checked_add(len)) {
+            (Some(position), Some(end)) if end <= self.len => Ok(position),
+            _ => Err(Error::new(Kind::Corrupt, "a key slot lies outside the header's room")),
         }
-        Err(wrong_key(keys))
-    };
-    unlocked().map_err(|error: Error| error.within("LUKS header", at))
+    }
 }
 
 fn wrong_key(keys: &[Secret]) -> Error {

@@ -2,7 +2,7 @@
 
 use diskmill_format::qcow2::RefcountWidth;
 
-use super::Preallocation;
+use super::{KeySlotChange, Preallocation};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::qcow2::{Compat, parse_bool};
@@ -24,6 +24,8 @@ pub struct Amendment {
     pub data_file_raw: Option<bool>,
     /// Size of the disk in bytes, see [`Image::resize`].
     pub size: Option<u64>,
+    /// `encrypt.*`: passphrases of a LUKS image.
+    pub keys: Option<KeySlotChange>,
 }
 
 impl Amendment {
@@ -46,16 +48,15 @@ impl Amendment {
             "backing_file" | "backing_fmt" => {
                 return Err(Error::unsupported(format!("amending {name}")).hint("`diskmill rebase` can"));
             }
-            name if name.starts_with("encrypt.") => {
-                return Err(Error::unsupported(format!(
-                    "amending {name}: changing the key slots of an image"
-                )));
-            }
-            other => {
-                return Err(Error::unsupported(format!("amending {other}")).hint(
-                    "compat, refcount_bits, lazy_refcounts, data_file, data_file_raw and size can be amended",
-                ));
-            }
+            other => match other.strip_prefix("encrypt.") {
+                Some(name) => self.keys.get_or_insert_default().set(name, value)?,
+                None => {
+                    return Err(Error::unsupported(format!("amending {other}")).hint(
+                        "compat, refcount_bits, lazy_refcounts, data_file, data_file_raw, size and encrypt.* can be \
+                         amended",
+                    ));
+                }
+            },
         }
         Ok(())
     }
@@ -86,10 +87,14 @@ impl Image {
     /// [`resize`](Self::resize). Changes that were made before the one that failed stay.
     pub fn amend(&mut self, changes: &Amendment) -> Result<()> {
         const WHAT: &str = "properties";
-        let Amendment { compat, refcount_bits, lazy_refcounts, data_file, data_file_raw, size } = changes;
+        let Amendment { compat, refcount_bits, lazy_refcounts, data_file, data_file_raw, size, keys } =
+            changes;
         if *compat == Some(Compat::V3) {
             let snapshots = self.snapshots().to_vec();
             self.edit_qcow2(WHAT, |writer| writer.upgrade(&snapshots))?;
+        }
+        if let Some(keys) = keys {
+            self.edit_qcow2(WHAT, |writer| writer.change_keys(keys))?;
         }
         if let Some(bits) = refcount_bits {
             let width = RefcountWidth::from_bits(*bits);

@@ -15,7 +15,7 @@ use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedSt
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
 use crate::check::{CheckOptions, Repair, check_storage};
 use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
-use crate::encrypted::{EncryptedStorage, LegacyAes, legacy_aes, unlock};
+use crate::encrypted::{EncryptedStorage, LegacyAes, LuksArea, legacy_aes};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
 use crate::policy::{Allow, EXTENT};
@@ -354,7 +354,7 @@ impl<'a> Opener<'a> {
                 let message = "the extension that tells where the LUKS header stands is missing";
                 return Err(Error::corrupt("qcow2 header", Some(0), message));
             };
-            let cipher = unlock(&*storage, at, room, &self.options.keys)?;
+            let cipher = LuksArea { file: &*storage, at, len: room }.cipher(&self.options.keys)?;
             let (file, path, len) = clusters.unwrap_or_else(|| (Arc::clone(&storage), path.to_owned(), len));
             clusters = Some((Arc::new(EncryptedStorage::new(file, Arc::new(cipher))), path, len));
         }

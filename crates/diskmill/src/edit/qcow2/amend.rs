@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 
-use diskmill_format::qcow2::{Cluster, Snapshot, feature};
+use diskmill_format::qcow2::{Cluster, CryptMethod, Snapshot, feature};
 
 use super::Qcow2Writer;
 use super::meta::Meta;
 use super::tables::{Entry, L1};
+use crate::edit::KeySlotChange;
+use crate::encrypted::LuksArea;
 use crate::error::{Error, Result};
 
 /// Bytes of extra data that each snapshot of version 3 has (specification, "Snapshots"), with the instruction count.
@@ -77,6 +79,19 @@ impl Qcow2Writer {
             area.extensions.feature_names.clear();
             area.extensions.bitmaps = None;
         })
+    }
+
+    /// Adds or erases passphrases.
+    pub(crate) fn change_keys(&self, change: &KeySlotChange) -> Result<()> {
+        let meta = self.meta();
+        let refuse = |message: &str| Err(Error::invalid(message));
+        match (meta.area.header.crypt, meta.area.extensions.luks_header) {
+            (CryptMethod::Luks, Some((at, len))) => {
+                change.make(&meta.disk, LuksArea { file: &**meta.disk.storage(), at, len })
+            }
+            (CryptMethod::Aes, _) => refuse("Only LUKS encryption options can be amended"),
+            _ => refuse("Can't amend encryption options - encryption not present"),
+        }
     }
 
     /// Lets QEMU postpone updates of refcounts, or not.
