@@ -125,9 +125,9 @@ pub(crate) fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Prints an error or a warning as qemu-img does.
+/// Prints an error or a warning as qemu-img does. The library's hints name commands of ours.
 fn report(message: &str) {
-    eprintln!("qemu-img: {message}");
+    eprintln!("qemu-img: {}", message.replace("`diskmill ", "`qemu-img "));
 }
 
 fn run(args: Vec<OsString>) -> Outcome {

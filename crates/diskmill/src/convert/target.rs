@@ -29,6 +29,9 @@ use crate::vmdk::VmdkOptions;
 /// Bytes at the start of a device that are cleared before an image with a header of its own is written to it.
 const OLD_HEADER: u64 = 4096;
 
+/// Bytes at the start of a fresh raw file that are allocated in any case.
+const FIRST_BLOCK: usize = 4096;
+
 /// The output's files.
 pub(super) struct Target {
     main: Main,
@@ -167,6 +170,12 @@ impl Target {
                 Error::io(format!("cannot make a file of {size} bytes"), error)
                     .hint("a raw image is as long as its disk: another file system may take it, or use qcow2")
             })?;
+            if raw.preallocation == Preallocation::Off {
+                // As QEMU: with direct I/O an allocated block tells what alignment reads need.
+                let block = [0; FIRST_BLOCK];
+                let block = block.get(..usize::try_from(size).unwrap_or(FIRST_BLOCK)).unwrap_or(&block);
+                storage.write_at(block, 0).map_err(|error| Error::io("cannot write", error))?;
+            }
             if raw.preallocation == Preallocation::Falloc {
                 storage.allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;
             }
