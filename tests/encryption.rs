@@ -39,9 +39,19 @@ fn qemu_reads_what_we_encrypt() {
     let run = diskmill(dir.path());
     std::fs::write(dir.path().join("plain"), disk(3, SIZE)).unwrap();
     std::fs::write(dir.path().join("key"), "correct horse\n").unwrap();
-    let luks = VARIANTS.into_iter().chain([",preallocation=full"]);
+    let preallocated =
+        [",preallocation=full", ",preallocation=metadata", ",preallocation=falloc,cluster_size=4k"];
+    let luks = VARIANTS.into_iter().chain(preallocated);
     let luks = luks.map(|variant| format!("encrypt.format=luks,encrypt.iter-time=5{variant}"));
-    let aes = ["", ",cluster_size=512,compat=0.10", ",extended_l2=on", ",data_file=outside.data"];
+    let aes = [
+        "",
+        ",cluster_size=512,compat=0.10",
+        ",extended_l2=on",
+        ",data_file=outside.data",
+        ",preallocation=metadata",
+        ",preallocation=full",
+        ",preallocation=falloc,extended_l2=on",
+    ];
     for options in luks.chain(aes.map(|variant| format!("encrypt.format=aes{variant}"))) {
         run(&["convert", "-O", "qcow2", "--target-key-file", "key", "-o", &options, "plain", "ours"]).ok();
         qemu.img(["check", "-q", "--object", SECRET, "--image-opts", &opts("ours")]).ok();

@@ -46,6 +46,66 @@ fn mistakes_with_encryption_are_told_the_same() {
 }
 
 #[test]
+fn luks_containers_are_the_same() {
+    let Some(pair) = Pair::new(nothing) else { return };
+    for options in [
+        "iter-time=10",
+        "key-secret=gone",
+        "key-secret=s,cipher-alg=foo",
+        "key-secret=s,cipher-mode=foo",
+        "key-secret=s,foo=1",
+        "key-secret=s,preallocation=foo",
+        "help",
+    ] {
+        pair.same(&format!("create -f luks {OBJECT} -o {options} a.luks 1000001"));
+    }
+    pair.same(&format!("create -f luks {OBJECT} -b x -F raw -o key-secret=s a.luks 1M"));
+    pair.same(&format!("create -f luks {OBJECT} -o key-secret=s a.luks"));
+    for options in [
+        "key-secret=s,iter-time=10",
+        "key-secret=s,iter-time=10,preallocation=full",
+        "key-secret=s,cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha1,iter-time=10",
+    ] {
+        pair.same(&format!("create -f luks {OBJECT} -o {options} a.luks 1000001"));
+        let facts = [&pair.theirs, &pair.ours].map(|dir| {
+            let oracle = pair.oracle.at(dir.path());
+            let image = "driver=luks,key-secret=s,file.filename=a.luks";
+            oracle.io(["-c", "write 1000 5000", "--image-opts", image]).args(OBJECT.split(' ')).ok();
+            let info = oracle.info("a.luks");
+            let data = &info["format-specific"]["data"];
+            let fields =
+                ["cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg", "payload-offset"];
+            (info["virtual-size"].clone(), fields.map(|field| data[field].clone()))
+        });
+        assert_eq!(facts[0], facts[1], "{options}");
+    }
+}
+
+#[test]
+fn encrypted_backing_files_need_no_passphrase_to_be_named() {
+    let fill = |oracle: &Oracle| {
+        for (name, format) in [("luks.qcow2", "luks,encrypt.iter-time=10"), ("aes.qcow2", "aes")] {
+            let options = format!("encrypt.key-secret=s,encrypt.format={format}");
+            oracle
+                .img(["create", "-q", "-f", "qcow2", "-o", &options])
+                .args(OBJECT.split(' '))
+                .args([name, "1M"])
+                .ok();
+        }
+    };
+    let Some(pair) = Pair::new(fill) else { return };
+    for base in ["luks.qcow2", "aes.qcow2"] {
+        pair.same(&format!("create -f qcow2 -b {base} -F qcow2 top.qcow2"));
+        pair.same("info top.qcow2");
+        pair.same(&format!("convert {base} out.raw"));
+        // The backing file may be named once more.
+        let image = "driver=qcow2,file.filename=top.qcow2,backing.driver=qcow2,backing.encrypt.key-secret=s";
+        pair.same(&format!("check -q {OBJECT} --image-opts {image},backing.file.filename={base}"));
+        pair.same(&format!("commit {OBJECT} --image-opts {image},backing.file.filename={base}"));
+    }
+}
+
+#[test]
 fn legacy_aes_is_the_same() {
     let fill = |oracle: &Oracle| {
         std::fs::write(oracle.dir().join("plain"), disk(3, 2 << 20)).unwrap();

@@ -131,7 +131,13 @@ impl Backing {
             force_share: true,
             ..OpenOptions::default()
         };
-        let image = Image::open(&path, &options)?;
+        // Nothing of its data is looked at: a passphrase is not needed.
+        let image = match Image::open(&path, &options) {
+            Err(error) if error.lacks_passphrase() => {
+                Image::open(&path, &OpenOptions { metadata_only: true, ..options })?
+            }
+            opened => opened?,
+        };
         let format = image.info().format;
         if format == Format::Raw && args.backing_format.is_none() {
             return Err(Failure::failed(format!(

@@ -19,6 +19,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let file = args.one_file()?;
     cache_mode(&args, "cache", "cache")?;
     let node = context.node(file)?;
+    node.check_named_backing()?;
     let options = CommitOptions {
         open: OpenOptions { force_share: false, ..node.options() },
         base: args.last("base").map(PathBuf::from),

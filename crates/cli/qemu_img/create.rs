@@ -3,8 +3,8 @@
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 
-use diskmill::create::{CreateOptions, create};
-use diskmill::{Image, Kind, OpenOptions};
+use diskmill::create::{CreateOptions, create, create_luks};
+use diskmill::{Error, Image, Kind, OpenOptions};
 
 use super::drivers::Driver;
 use super::getopt::Args;
@@ -12,7 +12,7 @@ use super::node::{Node, format_named, local_path};
 use super::object::Secrets;
 use super::opts::{Dict, join};
 use super::size::size;
-use super::target::target_format;
+use super::target::{luks_options, target_format};
 use super::{Fail, Outcome, messages};
 use crate::names::resolved;
 use crate::options::asks_for_help;
@@ -124,7 +124,14 @@ fn open_backing(path: &str, format: Option<&str>) -> Result<Image, String> {
     let path = PathBuf::from(path);
     let mut node = Node::named(&path);
     node.format = format.map(format_named).transpose()?;
-    Image::open(&path, &OpenOptions { force_share: true, ..node.options() })
+    let options = OpenOptions { force_share: true, ..node.options() };
+    // Nothing of its data is looked at.
+    let locked = |error| match Error::lacks_passphrase(&error) {
+        true => Image::open(&path, &OpenOptions { metadata_only: true, ..options.clone() }),
+        false => Err(error),
+    };
+    Image::open(&path, &options)
+        .or_else(locked)
         .map_err(|error| messages::cannot_open(&error, &path, node.format))
 }
 
@@ -136,6 +143,11 @@ fn make(
     trust_backing: bool,
 ) -> Result<(), String> {
     let size = dict.get("size").and_then(|size| size.parse().ok()).unwrap_or(0);
+    if driver.name == "luks" {
+        let (encryption, preallocation) = luks_options(dict, secrets)?;
+        return create_luks(path, &encryption, size, preallocation)
+            .map_err(|error| messages::cannot_create(&error, path));
+    }
     let format = target_format(driver, dict, secrets)?;
     let options = CreateOptions { format, size, trust_backing };
     create(path, &options).map_err(|error| match error.kind() {

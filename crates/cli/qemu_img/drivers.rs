@@ -81,6 +81,18 @@ const VMDK: &[Desc] = &[
     ("zeroed_grain", Switch, "Enable efficient zero writes using the zeroed-grain GTE feature"),
 ];
 
+const LUKS: &[Desc] = &[
+    SIZE,
+    ("key-secret", Text, "ID of the secret that provides the keyslot passphrase"),
+    ("cipher-alg", Text, "Name of encryption cipher algorithm"),
+    ("cipher-mode", Text, "Name of encryption cipher mode"),
+    ("ivgen-alg", Text, "Name of IV generator algorithm"),
+    ("ivgen-hash-alg", Text, "Name of IV generator hash algorithm"),
+    ("hash-alg", Text, "Name of encryption hash algorithm"),
+    ("iter-time", Number, "Time to spend in PBKDF in milliseconds"),
+    ("detached-header", Switch, "Create a detached LUKS header"),
+];
+
 /// Options of the file that the image is in.
 const FILE: &[Desc] = &[
     ("nocow", Switch, "Turn off copy-on-write (valid only on btrfs)"),
@@ -131,6 +143,7 @@ impl Driver {
             "raw" => ("raw", RAW),
             "qcow2" => ("qcow2", QCOW2),
             "vmdk" => ("vmdk", VMDK),
+            "luks" => ("luks", LUKS),
             name if READ_ONLY.contains(&name) => {
                 return Err(format!("Format driver '{name}' does not support image creation"));
             }

@@ -38,6 +38,9 @@ fn reason(error: &Error, path: &Path, format: Option<Format>) -> String {
             None => error.to_string(),
         },
         (Kind::Busy, _) => locked(error, &name),
+        _ if error.structure() == Some("AES encryption") => {
+            "Parameter 'encrypt.key-secret' is required for cipher".to_owned()
+        }
         _ if error.structure() == Some("LUKS header") => match error.kind() {
             Kind::Denied if error.to_string().contains("needs its passphrase") => {
                 "Parameter 'encrypt.key-secret' is required for cipher".to_owned()
@@ -45,6 +48,9 @@ fn reason(error: &Error, path: &Path, format: Option<Format>) -> String {
             Kind::Denied => "Invalid password, cannot unlock any keyslot".to_owned(),
             _ => error.to_string(),
         },
+        (Kind::Corrupt, _) if error.to_string().contains("where the LUKS header stands") => {
+            "Missing CRYPTO header for crypt method 2".to_owned()
+        }
         (Kind::Corrupt, _) if error.to_string().contains("the L1 table has") => "Image is too big".to_owned(),
         _ => error.to_string(),
     }

@@ -11,6 +11,7 @@ use super::object::Secrets;
 use super::opts::Dict;
 use super::{Fail, Outcome, messages};
 use crate::args::CacheMode;
+use crate::names::resolved;
 
 /// Options of QEMU's block layer that any node takes and that change nothing here.
 const GENERIC: [&str; 9] = [
@@ -107,6 +108,7 @@ impl Context {
             }
             opened => opened.map_err(|error| node.cannot_open(&error))?,
         };
+        node.check_backing(&image)?;
         if node.format.is_none() && image.info().format == Format::Raw {
             eprintln!(
                 "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
@@ -132,6 +134,8 @@ pub(super) struct Node {
     window: Option<(u64, Option<u64>)>,
     /// No file, but a disk of this many zeros.
     zeros: Option<u64>,
+    /// The backing file, where the options name it: it has to be the image's own.
+    backing: Option<PathBuf>,
     /// Passphrases of the image and its backing files.
     keys: Vec<Secret>,
 }
@@ -146,6 +150,7 @@ impl Node {
             direct: false,
             window: None,
             zeros: None,
+            backing: None,
             keys: Vec::new(),
         }
     }
@@ -211,6 +216,7 @@ impl Node {
             }
         }
         dict.take("encrypt.format");
+        node.take_backing(&mut dict)?;
         if node.format == Some(Format::Raw) {
             node.take_window(&mut dict)?;
         }
@@ -255,6 +261,19 @@ impl Node {
             Some(name) => Err(format!("Block protocol '{protocol}' doesn't support the option '{name}'")),
             None => Ok(self),
         }
+    }
+
+    fn take_backing(&mut self, dict: &mut Dict) -> Result<(), String> {
+        for name in ["backing.driver", "backing.file.driver"] {
+            if let Some(driver) = dict.take(name)
+                && !is_protocol(&driver)
+            {
+                format_named(&driver)?;
+            }
+        }
+        dict.take("backing.encrypt.format");
+        self.backing = dict.take("backing.file.filename").map(PathBuf::from);
+        Ok(())
     }
 
     fn take_window(&mut self, dict: &mut Dict) -> Result<(), String> {
@@ -302,6 +321,7 @@ impl Node {
             return Ok(Image::zeros(size));
         }
         let image = Image::open(&self.path, options).map_err(|error| failed(&error))?;
+        self.check_backing(&image)?;
         let Some((start, len)) = self.window else { return Ok(image) };
         let whole = image.size();
         let refused = |reason: String| could_not_open(&self.given, &reason);
@@ -315,6 +335,27 @@ impl Node {
                  actual size of the containing file ({whole})"
             ))
         })
+    }
+
+    /// As [`check_backing`](Self::check_backing), before somebody else opens the image.
+    pub(super) fn check_named_backing(&self) -> Outcome<()> {
+        if self.backing.is_none() {
+            return Ok(());
+        }
+        self.open(&OpenOptions { force_share: true, ..self.options() }).map(drop)
+    }
+
+    /// Refuses options that put another file in the place of the image's backing file.
+    pub(super) fn check_backing(&self, image: &Image) -> Outcome<()> {
+        let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let Some(wanted) = &self.backing else { return Ok(()) };
+        let own = image.info().backing_name.as_deref();
+        let own = own.map(|name| canonical(resolved(&self.path.to_string_lossy(), name).as_ref()));
+        if own == Some(canonical(wanted)) {
+            return Ok(());
+        }
+        let reason = "another backing file than the image's own is not supported";
+        Err(could_not_open(&self.given, reason))
     }
 
     /// The failure to open this image.

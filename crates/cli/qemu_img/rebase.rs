@@ -19,6 +19,7 @@ pub(super) fn run(args: Args) -> Outcome {
     cache_mode(&args, "cache", "cache")?;
     cache_mode(&args, "backing-cache", "source cache")?;
     let node = context.node(file)?;
+    node.check_named_backing()?;
     let format = match args.text("backing-format") {
         Some(name) => {
             Some(format_named(&name).map_err(|_| Fail::new(format!("Invalid format name: '{name}'")))?)

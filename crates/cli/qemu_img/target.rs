@@ -1,6 +1,8 @@
 //! From the options of a fresh image to the library's, with QEMU's words for what does not go together.
 
 use diskmill::convert::TargetFormat;
+use diskmill::edit::Preallocation;
+use diskmill::qcow2::{EncryptionOptions, Qcow2Options};
 
 use super::drivers::Driver;
 use super::object::Secrets;
@@ -42,6 +44,40 @@ pub(super) fn target_format(driver: Driver, dict: &Dict, secrets: &Secrets) -> R
         vmdk.adapter = diskmill::vmdk::AdapterType::Ide;
     }
     Ok(format)
+}
+
+/// The options of a LUKS container: those of an encrypted qcow2 image without their prefix.
+pub(super) fn luks_options(
+    dict: &Dict,
+    secrets: &Secrets,
+) -> Result<(EncryptionOptions, Preallocation), String> {
+    let mut options = Qcow2Options::default();
+    options.set("encrypt.format", "luks").map_err(|error| error.to_string())?;
+    let mut preallocation = Preallocation::Off;
+    for (name, value) in dict.iter() {
+        match name {
+            "size" => {}
+            "nocow" | "detached-header" if value == "off" => {}
+            "nocow" | "detached-header" | "extent_size_hint" => {
+                return Err(format!("the option '{name}' is not supported"));
+            }
+            "preallocation" => {
+                preallocation = match value {
+                    "off" | "metadata" => Preallocation::Off,
+                    "falloc" => Preallocation::Falloc,
+                    "full" => Preallocation::Full,
+                    _ => return Err(format!("invalid parameter value: {value}")),
+                }
+            }
+            name => options
+                .set(&format!("encrypt.{name}"), value)
+                .map_err(|_| format!("Parameter '{name}' does not accept value '{value}'"))?,
+        }
+    }
+    let mut encryption = options.encryption.unwrap_or_default();
+    let id = encryption.key_secret.as_ref().ok_or("Parameter 'key-secret' is required for cipher")?;
+    encryption.key = Some(secrets.get(id)?);
+    Ok((encryption, preallocation))
 }
 
 fn check_qcow2(dict: &Dict) -> Result<(), String> {

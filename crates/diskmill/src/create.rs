@@ -1,10 +1,14 @@
 //! Fresh, empty images.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use diskmill_io::PendingFile;
 
 use crate::convert::{ConvertOptions, Input, Monitor, Output, TargetFormat, convert};
+use crate::edit::{Disk, Preallocation};
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::qcow2::{Encryption, EncryptionOptions};
 
 /// What a fresh image is to be.
 #[derive(Debug, Clone)]
@@ -15,6 +19,36 @@ pub struct CreateOptions {
     pub size: u64,
     /// Do not look for the backing file of a qcow2 image (`qemu-img create -u`).
     pub trust_backing: bool,
+}
+
+/// Makes a plain LUKS container at `path`, without an image format inside: header and key material, and behind them the
+/// disk of `size` bytes, which was never written and so decrypts to noise. An existing file is replaced when it is whole.
+///
+/// # Errors
+/// [`Kind::Invalid`](crate::Kind::Invalid) without a passphrase, or for another encryption than LUKS;
+/// [`Kind::Io`](crate::Kind::Io).
+pub fn create_luks(
+    path: impl AsRef<Path>,
+    encryption: &EncryptionOptions,
+    size: u64,
+    preallocation: Preallocation,
+) -> Result<()> {
+    let path = path.as_ref();
+    let make = || {
+        let Encryption::Luks(_, header) = encryption.create()? else {
+            return Err(Error::invalid("a container without a LUKS header"));
+        };
+        let payload = header.len() as u64;
+        let len = payload.checked_add(size).filter(|&len| len <= i64::MAX as u64);
+        let len = len.ok_or_else(|| Error::invalid(format!("a disk of {size} bytes")))?;
+        let pending = PendingFile::create(path).map_err(|error| Error::io("cannot create", error))?;
+        let disk = Disk::new(pending.storage())?;
+        disk.write(&header, 0)?;
+        disk.set_len(len)?;
+        disk.preallocate(payload..len, preallocation)?;
+        pending.publish(false).map_err(|error| Error::io("cannot give the file its name", error))
+    };
+    make().map_err(|error: Error| error.of(path))
 }
 
 /// Makes an empty image at `path`: all zeros, or what the backing file has. An existing file is replaced when the

@@ -140,6 +140,12 @@ impl Error {
         self.0.structure.as_deref()
     }
 
+    /// Whether a passphrase that fits is all that lacks.
+    #[must_use]
+    pub fn lacks_passphrase(&self) -> bool {
+        self.kind() == Kind::Denied && matches!(self.structure(), Some("LUKS header" | "AES encryption"))
+    }
+
     /// The offset in the file, in bytes, at which that structure stands.
     #[must_use]
     pub fn offset(&self) -> Option<u64> {

@@ -38,6 +38,7 @@ pub use amend::Amendment;
 pub use bitmap::DirtyBits;
 pub(crate) use bitmap::add_to_fresh;
 pub use commit::{Commit, CommitOptions};
+pub(crate) use disk::Disk;
 pub use keys::KeySlotChange;
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;

@@ -360,7 +360,7 @@ impl<'a> Opener<'a> {
         }
         let data = clusters.as_ref().map(|(file, path, len)| (file, self.file_id(file, path), *len));
         let aes = if crypt == CryptMethod::Aes {
-            let cipher = legacy_aes(&self.options.keys)?;
+            let cipher = legacy_aes(&self.options.keys).map_err(|error| error.within("AES encryption", 0))?;
             let (file, path) = clusters.as_ref().map_or((&storage, path), |(file, path, _)| (file, path));
             Some(LegacyAes::new(Arc::clone(file), cipher, |decrypted| self.file_id(&decrypted, path)))
         } else {

@@ -177,6 +177,15 @@ impl Qcow2Assembler {
         // Preallocated, or zeros over a backing file in version 2, which knows no zero clusters.
         let host = self.data_cluster(guest)?;
         let cluster = self.cluster();
+        if preallocate && self.options.encryption.is_some() {
+            // What the file has there decrypts to noise: the cluster reads as zeros and keeps its place.
+            self.reserve(host.get(), cluster, out);
+            let (word, bitmap) = match self.geometry.extended_l2() {
+                true => (L2Codec::encode_standard(host), L2Codec::encode_bitmap(0, u32::MAX)),
+                false => (L2Codec::encode_zero(Some(host)), 0),
+            };
+            return self.set_entry(guest, word, bitmap, out);
+        }
         if preallocate {
             self.reserve(host.get(), cluster, out);
         } else if self.is_aes() {

@@ -4,7 +4,7 @@ use diskmill_codec::Codec;
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CompressionType, Geometry, RefcountWidth};
 
-use super::{EncryptionFormat, EncryptionOptions, codec_of};
+use super::{EncryptionOptions, codec_of};
 use crate::error::{Error, Result};
 use crate::size::parse_size;
 
@@ -267,15 +267,9 @@ impl Qcow2Options {
         if compress && self.encryption.is_some() {
             return Err(Error::invalid("compression and encryption exclude each other"));
         }
-        if let Some(encryption) = &self.encryption {
-            let aes = encryption.format == EncryptionFormat::Aes;
-            // A block that was never written decrypts to noise, where these promise zeros.
-            if matches!(self.preallocation, Preallocation::Metadata | Preallocation::Falloc) {
-                return Err(Error::unsupported("encryption with preallocation=metadata or falloc"));
-            }
-            if aes && self.preallocation != Preallocation::Off {
-                return Err(Error::unsupported("legacy AES encryption with preallocation"));
-            }
+        if self.encryption.is_some() && self.preallocation != Preallocation::Off && self.compat == Compat::V2
+        {
+            return Err(Error::unsupported("encryption with preallocation in version 2 (compat=0.10)"));
         }
         if compress && self.data_file.is_some() {
             return Err(Error::invalid("compression and an external data file exclude each other"));

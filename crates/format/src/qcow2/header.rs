@@ -319,6 +319,10 @@ impl HeaderArea {
             )
             .at(72));
         }
+        if header.crypt == CryptMethod::Luks && extensions.luks_header.is_none() {
+            let message = "the extension that tells where the LUKS header stands is missing";
+            return Err(FormatError::corrupt("qcow2 header", message).at(0));
+        }
         let backing_name = match header.backing_name {
             None => None,
             Some((offset, len)) => {
