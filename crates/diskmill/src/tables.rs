@@ -17,11 +17,18 @@ pub(crate) trait Tables: Send + Sync {
     /// # Errors
     /// If it cannot be read, or runs past the end of the file (QEMU would read zeros there, and lose data silently).
     fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>>;
+
+    /// The piece will be asked for soon. A hint, as [`Storage::will_need`] is one.
+    fn will_need(&self, _at: u64, _len: u64) {}
 }
 
 impl<T: Tables + ?Sized> Tables for Arc<T> {
     fn slice(&self, at: u64, len: u64) -> Result<Arc<[u8]>> {
         (**self).slice(at, len)
+    }
+
+    fn will_need(&self, at: u64, len: u64) {
+        (**self).will_need(at, len);
     }
 }
 
@@ -63,6 +70,10 @@ impl Tables for TableCache {
         }
         slices.push((at, Arc::clone(&bytes)));
         Ok(bytes)
+    }
+
+    fn will_need(&self, at: u64, len: u64) {
+        self.file.will_need(at, len);
     }
 }
 

@@ -7,6 +7,7 @@ use diskmill_format::qcow2::{
 };
 use diskmill_format::{GuestOffset, HostOffset};
 
+use super::ahead::Ahead;
 use super::{Qcow2Info, codec_of, lossy};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
@@ -21,6 +22,7 @@ pub(crate) struct Qcow2Layout {
     codec: Codec,
     l1_offset: u64,
     tables: Box<dyn Tables>,
+    ahead: Ahead,
     /// The image file, for compressed clusters, and the one with plain clusters.
     image: FileLen,
     data: FileLen,
@@ -94,10 +96,29 @@ impl Qcow2Layout {
             codec: codec_of(header.compression),
             l1_offset,
             tables: files.tables,
+            ahead: Ahead::new(),
             data: files.data.unwrap_or_else(|| files.image.clone()),
             image: files.image,
             info: ImageInfo { specific: FormatInfo::Qcow2(Box::new(read)), ..info },
         })
+    }
+
+    /// Offset and length of the piece of the L1 table that holds entry `index`, in bytes.
+    fn l1_piece(&self, index: u64) -> (u64, u64) {
+        let at = index * 8 / SLICE * SLICE;
+        let whole = self.geometry.l1_entries(self.info.virtual_size) * 8;
+        (at, SLICE.min(whole.saturating_sub(at)))
+    }
+
+    /// Asks for the tables that a walk will come to after that of L1 entry `index`.
+    fn ask_ahead(&self, index: u64) {
+        let l1 = |from: u64| {
+            let (at, len) = self.l1_piece(from);
+            let piece = (from * 8 < at + len).then(|| self.tables.slice(self.l1_offset + at, len))?;
+            Some((at / 8, piece.ok()?))
+        };
+        let len = SLICE.min(self.geometry.cluster_size());
+        self.ahead.enter(index, self.geometry, l1, |table| self.tables.will_need(table.get(), len));
     }
 
     /// The run of entry `index` of the L1 table: where its L2 table stands, or for how many L1 entries there is none.
@@ -105,9 +126,7 @@ impl Qcow2Layout {
         let mut count = 0;
         while count < most {
             let byte = (index + count) * 8;
-            let slice_at = byte / SLICE * SLICE;
-            let whole = self.geometry.l1_entries(self.info.virtual_size) * 8;
-            let slice_len = SLICE.min(whole - slice_at);
+            let (slice_at, slice_len) = self.l1_piece(index + count);
             let slice = match self.tables.slice(self.l1_offset + slice_at, slice_len) {
                 Ok(slice) => slice,
                 Err(_) if count > 0 => break,
@@ -302,6 +321,7 @@ impl Layout for Qcow2Layout {
             }
             Err(error) => return Err(MapError { len: (error.len - in_span).min(max), ..error }),
         };
+        self.ask_ahead(l1_index);
         let cluster_size = geometry.cluster_size();
         let within = guest % cluster_size;
         let mut index = geometry.l2_index(guest);

@@ -1,5 +1,6 @@
 //! qcow2: opening and mapping existing images, and assembling fresh ones.
 
+mod ahead;
 mod assembler;
 mod bits;
 mod encryption;
