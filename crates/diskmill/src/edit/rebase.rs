@@ -151,12 +151,12 @@ impl Rebase {
     pub fn run(mut self, monitor: &Monitor) -> Result<()> {
         if self.mode == RebaseMode::Safe {
             self.copy(monitor)?;
-            self.image.flush()?;
         }
         let (name, format) = match &self.backing {
             Some((name, format)) => (Some(name.as_str()), Some(format.name())),
             None => (None, None),
         };
+        // The name changes when all that was copied is durable.
         self.image.edit_qcow2("backing file", |writer| writer.set_backing(name, format))?;
         self.image.close()
     }

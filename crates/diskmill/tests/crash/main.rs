@@ -21,10 +21,11 @@ mod world;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
+use std::time::Duration;
 
 use diskmill::check::{CheckOptions, check_storage};
-use diskmill::edit::{Amendment, Preallocation};
-use diskmill::{Error, FormatInfo, Image, Kind as ErrorKind};
+use diskmill::edit::{Amendment, KeySlotChange, Preallocation};
+use diskmill::{Error, FormatInfo, Image, Kind as ErrorKind, Secret};
 use diskmill_io::MemoryStorage;
 use diskmill_testkit::content::{Pattern, Rng};
 use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, TempDir, legalise, scratch, steps};
@@ -191,6 +192,19 @@ impl Kind {
 
 impl Kind {
     fn amendment(&self, rng: &mut Rng) -> Amendment {
+        if self.options.contains("=luks") && rng.below(2) == 0 {
+            // The first slot has the passphrase that all states are opened with.
+            let keys = KeySlotChange {
+                active: Some(rng.below(3) > 0),
+                keyslot: Some(1 + rng.below(2) as u64),
+                iter_time: Some(Duration::from_millis(1)),
+                new: Some(Secret::new(b"another".to_vec())),
+                keys: writable().keys,
+                ..KeySlotChange::default()
+            };
+            let new = keys.new.clone().filter(|_| keys.active == Some(true));
+            return Amendment { keys: Some(KeySlotChange { new, ..keys }), ..Amendment::default() };
+        }
         let width = (1 << rng.below(7)).to_string();
         let onoff = ["on", "off"][rng.below(2)];
         let (name, value) = match rng.below(if self.data_file() { 8 } else { 6 }) {

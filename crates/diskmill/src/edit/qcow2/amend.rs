@@ -104,7 +104,6 @@ impl Qcow2Writer {
                 Ok(())
             };
         }
-        meta.commit()?;
         meta.put_header(|header| {
             header.compatible &= !feature::LAZY_REFCOUNTS;
             header.compatible |= if lazy { feature::LAZY_REFCOUNTS } else { 0 };
@@ -155,7 +154,7 @@ impl Meta {
                 }
             }
         }
-        self.commit()
+        Ok(())
     }
 
     /// The same in one L2 table. Whoever shares the table sees the same, so it may change in its place.
