@@ -456,3 +456,38 @@ fn damage_beside_a_snapshot() {
 fn damage_of_bitmaps() {
     run_table("bitmap", with_bitmap, BITMAP_CASES);
 }
+
+/// Many snapshots whose L1 tables are the largest there can be, side by side in a hole of the file, and a refcount table
+/// whose entries all name one block.
+#[test]
+fn tables_that_overlap_take_no_hours() {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    q.create("d.qcow2", "", 1 << 30);
+    let mut disk = Disk::read(&dir.path().join("d.qcow2"));
+    let table = (disk.0.len() as u64).next_multiple_of(CLUSTER);
+    let count = 20_000u32;
+    disk.0.resize(table as usize, 0);
+    for index in 0..u64::from(count) {
+        let mut entry = vec![0; 64];
+        entry[..8].copy_from_slice(&(4096 * CLUSTER + index * CLUSTER).to_be_bytes());
+        entry[8..12].copy_from_slice(&(4u32 << 20).to_be_bytes());
+        entry[13] = 1;
+        entry[39] = 16;
+        entry[56] = b'1';
+        disk.0.extend(entry);
+    }
+    disk.put(60, &count.to_be_bytes());
+    disk.put64(64, table);
+    let refcounts = (disk.0.len() as u64).next_multiple_of(CLUSTER);
+    disk.0.resize(refcounts as usize, 0);
+    disk.0.extend(disk.u64(disk.refcount_table()).to_be_bytes().repeat(1 << 18));
+    disk.put64(48, refcounts);
+    disk.put(56, &32u32.to_be_bytes());
+    let path = dir.path().join("d.qcow2");
+    std::fs::write(&path, &disk.0).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(8 << 30).unwrap();
+    let limit = std::time::Duration::from_secs(60);
+    let out = tool().cmd(["check", "-f", "qcow2", "d.qcow2"]).dir(dir.path()).limit(limit).run();
+    assert_eq!(out.code, Some(2), "{out}");
+}

@@ -43,6 +43,8 @@ pub(super) struct Counts {
     last: Option<(u64, usize)>,
     /// No number is larger.
     largest: u64,
+    /// No number behind this one was ever another than 0.
+    last_used: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -113,6 +115,9 @@ impl Counts {
         let page = self.page(cluster >> PAGE_BITS, order, budget)?;
         page.set(cluster & (PAGE - 1), value);
         self.largest = self.largest.max(value);
+        if value > 0 {
+            self.last_used = self.last_used.max(Some(cluster));
+        }
         Ok(())
     }
 
@@ -158,6 +163,7 @@ impl Counts {
         let Some(word) = page.words.get_mut(word).filter(|word| **word & bits == 0) else { return Ok(0) };
         *word |= bits;
         self.largest = self.largest.max(1);
+        self.last_used = self.last_used.max(Some(first + len - 1));
         Ok(len)
     }
 
@@ -195,13 +201,9 @@ impl Counts {
         Some((key << PAGE_BITS).max(from))
     }
 
-    /// The highest cluster whose number is not 0.
-    pub(super) fn highest(&self) -> Option<u64> {
-        self.index.iter().rev().find_map(|(key, at)| {
-            let page = self.pages.get(*at)?;
-            let slot = (0..PAGE).rev().find(|&slot| page.get(slot) != 0)?;
-            Some((key << PAGE_BITS) + slot)
-        })
+    /// The highest cluster whose number was ever another than 0.
+    pub(super) const fn highest(&self) -> Option<u64> {
+        self.last_used
     }
 }
 
