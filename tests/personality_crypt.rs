@@ -97,6 +97,11 @@ fn encrypted_backing_files_need_no_passphrase_to_be_named() {
     for base in ["luks.qcow2", "aes.qcow2"] {
         pair.same(&format!("create -f qcow2 -b {base} -F qcow2 top.qcow2"));
         pair.same("info top.qcow2");
+        // Without a passphrase, whose name is known.
+        let info = format!("info --image-opts driver=qcow2,encrypt.key-secret=s,file.filename={base}");
+        assert!(
+            pair.run(&info).iter().all(|(out, _, code)| out.contains("encrypted: yes") && *code == Some(0))
+        );
         pair.same(&format!("convert {base} out.raw"));
         // The backing file may be named once more.
         let image = "driver=qcow2,file.filename=top.qcow2,backing.driver=qcow2,backing.encrypt.key-secret=s";

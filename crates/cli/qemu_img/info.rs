@@ -13,6 +13,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let form = output_form(&args)?;
     let file = args.one_file()?;
     let context = Context::of(&args, "format")?;
+    let context = Context { secrets: context.secrets.optional(), ..context };
     let node = context.node(file)?;
     let chain = args.has("backing-chain");
     let options = OpenOptions { metadata_only: !chain, ..node.options() };

@@ -212,7 +212,7 @@ impl Node {
         node.take_generic(&mut dict);
         for name in ["encrypt.key-secret", "backing.encrypt.key-secret"] {
             if let Some(id) = dict.take(name) {
-                node.keys.push(secrets.get(&id)?);
+                node.keys.extend(secrets.to_open(&id)?);
             }
         }
         dict.take("encrypt.format");

@@ -15,7 +15,11 @@ const IGNORED: [&str; 4] = ["throttle-group", "iothread", "authz-simple", "tls-c
 
 /// Passphrases by their id.
 #[derive(Debug, Default)]
-pub(super) struct Secrets(Vec<SecretObject>);
+pub(super) struct Secrets {
+    known: Vec<SecretObject>,
+    /// Ids without a passphrase are no mistake.
+    optional: bool,
+}
 
 impl Secrets {
     /// Takes the `--object` options of a command line.
@@ -43,18 +47,31 @@ impl Secrets {
             (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
             _ => {}
         }
-        if self.0.iter().any(|known| known.id == id) {
+        if self.known.iter().any(|known| known.id == id) {
             return Err(format!("attempt to add duplicate property '{id}' to object (type 'container')"));
         }
         let list: Vec<String> =
             dict.iter().map(|(name, value)| format!("{name}={}", value.replace(',', ",,"))).collect();
-        self.0.push(SecretObject::parse(&list.join(","))?);
+        self.known.push(SecretObject::parse(&list.join(","))?);
         Ok(())
     }
 
     /// The passphrase of this id.
     pub(super) fn get(&self, id: &str) -> Result<Secret, String> {
-        let found = self.0.iter().find(|known| known.id == id);
+        let found = self.known.iter().find(|known| known.id == id);
         found.map(|known| known.secret.clone()).ok_or_else(|| format!("No secret with id '{id}'"))
+    }
+
+    /// The passphrase of this id that is to open an image; `None` where only its metadata is looked at.
+    pub(super) fn to_open(&self, id: &str) -> Result<Option<Secret>, String> {
+        match self.get(id) {
+            Err(_) if self.optional => Ok(None),
+            found => found.map(Some),
+        }
+    }
+
+    /// The same passphrases for a look at metadata only.
+    pub(super) fn optional(self) -> Self {
+        Self { optional: true, ..self }
     }
 }
