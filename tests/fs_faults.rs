@@ -150,6 +150,13 @@ fn what_is_missing_is_named() {
     explained(&fixed.run(), &["appliance", "`diskmill doctor kernel`"]);
     let qemu = list().env("LIBGUESTFS_HV", dir.path().join("no-qemu"));
     explained(&qemu.run(), &["no-qemu", "`diskmill doctor"]);
+    // What QEMU says is told, whatever the user's shell is.
+    let broken = dir.path().join("broken-qemu");
+    let says = "case \"$*\" in *-kernel*) echo qemu-system-x86_64: no guest memory >&2; exit 1;; esac";
+    fs::write(&broken, format!("#!/bin/sh\n{says}\nexec qemu-system-x86_64 \"$@\"\n")).unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();
+    let qemu = list().env("LIBGUESTFS_HV", &broken).env("SHELL", "/bin/false");
+    explained(&qemu.run(), &["disk.raw", "no guest memory", "`diskmill doctor"]);
     kept.assert_gone(Duration::from_secs(1));
 }
 

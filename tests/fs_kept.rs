@@ -211,4 +211,18 @@ fn an_appliance_is_prepared_once() {
     assert_eq!(run(&["fs", "prepare", "--json", "--remove"]).ok().json()["removed"], true);
     assert!(!folder.exists());
     assert_eq!(run(&["fs", "prepare", "--json", "--remove"]).ok().json()["removed"], false);
+
+    // In a folder for others, of which one must be told.
+    let built = run(&["fs", "prepare", "--json", "--no-start", "--into", "fixed"]).ok().json();
+    assert_eq!(
+        (&built["built"], &built["start-seconds"]),
+        (&true.into(), &serde_json::Value::Null),
+        "{built}"
+    );
+    let fixed = kept.dir.join("fixed");
+    let hypervisor = fixed.join("hv");
+    let doctor = run(&["doctor", "--json", "appliance"]).env("LIBGUESTFS_PATH", &fixed);
+    let report = doctor.env("LIBGUESTFS_HV", hypervisor).ok().json();
+    assert!(report["checks"][0]["found"].as_str().unwrap().starts_with("fixed, in"), "{report}");
+    run(&["fs", "prepare", "--no-start", "--into", "root"]).fails(1).says(&["no prepared appliance"]);
 }

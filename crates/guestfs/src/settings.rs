@@ -111,6 +111,8 @@ impl Settings {
         vec![
             // Messages are read by us.
             ("LC_ALL", Some("C".into())),
+            // It runs our event handlers, dozens of times in each start: a small one, that knows their language.
+            ("SHELL", Some("/bin/sh".into())),
             ("GUESTFISH_PID", None),
             ("GUESTFISH_INIT", None),
             ("LIBGUESTFS_BACKEND", Some(self.backend.clone().into())),
