@@ -1,103 +1,14 @@
-//! The command line as it is typed. Letters mean what they mean in qemu-img.
+//! Arguments that several commands share, and those of the commands that read and compare. Letters mean what they mean in
+//! qemu-img.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use diskmill::convert::{Reflink, TargetFormat};
 use diskmill::{Allow, EngineChoice, Format, OpenOptions, OpenPolicy, Secret, SnapshotRef, parse_size};
 
-use crate::deferred::Deferred;
 use crate::secrets::{self, SecretObject};
-
-use crate::fs::args::FsArgs;
-use crate::fs::drive::CompanionArgs;
-
-const EXAMPLES: &str = "\
-Examples:
-  diskmill convert disk.qcow2 disk.raw
-  diskmill convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2
-  diskmill convert -O raw disk.qcow2 - | ssh host 'cat > /dev/vdb'
-  diskmill info disk.qcow2
-  diskmill map --output json disk.qcow2
-  diskmill compare disk.qcow2 disk.raw
-  diskmill fs cat disk.vmdk /etc/os-release";
-
-/// What `--version` says behind the name.
-static VERSION: LazyLock<String> =
-    LazyLock::new(|| format!("{} (codecs: {})", env!("CARGO_PKG_VERSION"), diskmill::codec_engines()));
-
-/// Converts, examines and changes disk images: raw, qcow2, VMDK and OVA.
-#[derive(Debug, Parser)]
-#[command(name = "diskmill", version = VERSION.as_str(), before_help = EXAMPLES, max_term_width = 110)]
-pub(crate) struct Cli {
-    #[command(subcommand)]
-    pub(crate) command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Command {
-    /// Copy images into a fresh one, in the same or another format
-    Convert(Deferred<ConvertArgs>),
-    /// Show what an image is
-    Info(Deferred<InfoArgs>),
-    /// Show where an image's guest data stands
-    Map(Deferred<MapArgs>),
-    /// Tell whether two images show the guest the same bytes
-    Compare(Deferred<CompareArgs>),
-    /// Look for damage in an image, and repair it
-    Check(Deferred<CheckArgs>),
-    /// Tell how large a file a disk would need in a format
-    Measure(Deferred<crate::measure::MeasureArgs>),
-    /// Make an empty image
-    Create(Deferred<crate::create::CreateArgs>),
-    /// Make a disk longer or shorter
-    Resize(Deferred<crate::resize::ResizeArgs>),
-    /// Take, apply, list and delete internal snapshots
-    Snapshot(Deferred<crate::snapshot::SnapshotArgs>),
-    /// Move what an overlay has into its backing file
-    Commit(Deferred<crate::commit::CommitArgs>),
-    /// Give an image another backing file, or none
-    Rebase(Deferred<crate::rebase::RebaseArgs>),
-    /// List, add, remove, clear, enable, disable and merge persistent bitmaps of qcow2 images
-    Bitmap(Deferred<crate::bitmap::BitmapArgs>),
-    /// Change the properties of a qcow2 image: version, width of refcounts and the like
-    Amend(Deferred<crate::amend::AmendArgs>),
-    /// Serve an image over NBD
-    Serve(Deferred<crate::serve::ServeArgs>),
-    /// Look into images and change them: files, packages, partitions, registry
-    Fs(Deferred<FsArgs>),
-    /// Keep appliances running between file-system commands
-    Session(Deferred<crate::session::SessionArgs>),
-    /// Tell what file-system commands need of this machine, and what it lacks
-    Doctor(Deferred<crate::doctor::DoctorArgs>),
-    /// Take a command line of qemu-img's, `dd` and `bench` among them, and print what qemu-img prints
-    #[command(disable_help_flag = true)]
-    QemuImg {
-        /// A command of qemu-img's, and what belongs to it
-        #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-        line: Vec<OsString>,
-    },
-    /// Make a link named qemu-img, under which diskmill takes qemu-img's command lines
-    InstallQemuImg(Deferred<InstallArgs>),
-    /// Started by file-system commands: ends their appliance whatever becomes of them
-    #[command(hide = true)]
-    GuestfsKeeper,
-    /// Started by file-system commands: serves an image to an appliance that is kept
-    #[command(hide = true)]
-    GuestfsCompanion(Deferred<CompanionArgs>),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct InstallArgs {
-    /// Replace a program or link of that name
-    #[arg(long)]
-    pub(crate) force: bool,
-
-    /// Folder for the link; best one that comes first in PATH
-    pub(crate) dir: PathBuf,
-}
 
 const CONVERT_EXAMPLES: &str = "\
 Examples:
@@ -580,16 +491,5 @@ pub(crate) fn snapshot_ref(text: &str) -> SnapshotRef {
     match wanted {
         (None, None) => SnapshotRef::Any(text.to_owned()),
         (id, name) => SnapshotRef::Exact { id, name },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory as _;
-
-    /// Clap looks at a subcommand only when it is used: this looks at all.
-    #[test]
-    fn no_two_arguments_clash() {
-        super::Cli::command().debug_assert();
     }
 }

@@ -51,28 +51,3 @@ impl<T: FromArgMatches> FromArgMatches for Deferred<T> {
         self.0.update_from_arg_matches(matches)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use crate::args::Cli;
-
-    #[test]
-    fn commands_have_their_own_texts_and_in_the_end_their_arguments() {
-        let mut command = Cli::command();
-        let texts = |command: &clap::Command| -> Vec<_> {
-            let own = command.get_subcommands().filter(|command| command.get_name() != "help");
-            own.map(|command| (command.get_name().to_owned(), command.get_about().cloned())).collect()
-        };
-        let before = texts(&command);
-        let arguments = |command: &clap::Command| {
-            command.find_subcommand("convert").map_or(0, |convert| convert.get_arguments().count())
-        };
-        assert_eq!(arguments(&command), 0);
-        command.build();
-        assert_eq!(texts(&command), before);
-        assert!(arguments(&command) > 10);
-        Cli::command().debug_assert();
-    }
-}

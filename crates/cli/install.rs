@@ -2,9 +2,21 @@
 
 use std::io::{self, Write};
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 
-use crate::args::InstallArgs;
+use clap::Args;
+
 use crate::exit::{Exit, Failure};
+
+#[derive(Debug, Args)]
+pub(crate) struct InstallArgs {
+    /// Replace a program or link of that name
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    /// Folder for the link; best one that comes first in PATH
+    pub(crate) dir: PathBuf,
+}
 
 pub(crate) fn run(args: &InstallArgs) -> Result<Exit, Failure> {
     let failed = |doing: &str, error: io::Error| Failure::failed(format!("{doing}: {error}"));

@@ -5,6 +5,7 @@ mod amend;
 mod args;
 mod bitmap;
 mod check;
+mod commands;
 mod commit;
 mod compare;
 mod convert;
@@ -39,7 +40,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use args::{Cli, Command};
+use commands::{Cli, Command};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();

@@ -82,7 +82,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
-    use crate::args::Cli;
+    use crate::commands::Cli;
 
     fn ordered(line: &str) -> String {
         let words = line.split(' ').map(OsString::from).collect();
