@@ -149,6 +149,42 @@ fn sparse_disks_may_be_larger_than_their_file_can() {
     assert!(refused.code == Some(1) && refused.err().contains("grain directory entries"), "{refused}");
 }
 
+/// A commit changes the base's CID. The delta shows the same disk as before and follows it.
+#[test]
+fn a_delta_can_be_read_after_its_commit() {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    for [base, delta] in
+        [["monolithicSparse", "monolithicSparse"], ["monolithicFlat", "twoGbMaxExtentSparse"]]
+    {
+        let kind = |name: &str| format!("subformat={name}");
+        q.img(["create", "-q", "-f", "vmdk", "-o", &kind(base), "base.vmdk", "2M"]).ok();
+        q.io(["-c", "write -P 1 0 1M", "base.vmdk"]).ok();
+        q.img([
+            "create",
+            "-q",
+            "-f",
+            "vmdk",
+            "-o",
+            &kind(delta),
+            "-b",
+            "base.vmdk",
+            "-F",
+            "vmdk",
+            "delta.vmdk",
+        ])
+        .ok();
+        q.io(["-c", "write -P 2 64k 64k", "delta.vmdk"]).ok();
+        let ours = |words: &[&str]| tool().cmd(words.iter().copied()).dir(dir.path()).ok();
+        ours(&["convert", "delta.vmdk", "before.raw"]);
+        ours(&["commit", "delta.vmdk"]);
+        for disk in ["delta.vmdk", "base.vmdk"] {
+            ours(&["compare", disk, "before.raw"]);
+            q.img(["compare", disk, "before.raw"]).ok();
+        }
+    }
+}
+
 fn write(path: &Path, at: u64) {
     let options = diskmill::OpenOptions { writable: true, ..diskmill::OpenOptions::default() };
     let image = diskmill::Image::open(path, &options).unwrap();

@@ -1,8 +1,11 @@
 //! Moving what an overlay has into a file that it stands on.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{Preallocation, ZeroHow};
+use diskmill_format::Limits;
+
+use super::{Preallocation, ZeroHow, follow_parent};
 use crate::convert::Monitor;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Depth, Image, ImageFile, OpenOptions, given};
@@ -48,6 +51,8 @@ pub struct Commit {
     empty: bool,
     /// Nobody named the format of the base.
     probed: bool,
+    /// The overlay and the base are VMDKs and the overlay's file is open for writing: its descriptor names the base's CID.
+    follows: Option<Limits>,
 }
 
 impl Commit {
@@ -87,9 +92,12 @@ impl Commit {
             _ => Error::invalid("Image does not have a backing file"),
         })?;
         let probed = !base.has_format();
+        let limits = open.limits.clone();
         let base = base.open(files, &OpenOptions { writable: true, ..open })?;
         let empty = overlay.writer().is_some();
-        Ok(Self { overlay, base, empty, probed })
+        let vmdks = [&overlay, &base].iter().all(|image| image.info().format == Format::Vmdk);
+        let follows = (writable && vmdks).then_some(limits);
+        Ok(Self { overlay, base, empty, probed, follows })
     }
 
     /// Copies what the overlay has into the base, which grows if it is shorter, makes that durable, and then empties
@@ -99,7 +107,7 @@ impl Commit {
     /// What reading and writing an image may give; `Cancelled` if `monitor` was cancelled. [`Kind::Denied`] if the base
     /// is raw only because it looks so, and would not any more.
     pub fn run(self, monitor: &Monitor) -> Result<()> {
-        let Self { mut overlay, mut base, empty, probed } = self;
+        let Self { mut overlay, mut base, empty, probed, follows } = self;
         if probed && base.info().format == Format::Raw {
             stays_raw(&overlay)?;
         }
@@ -107,7 +115,11 @@ impl Commit {
             base.resize(overlay.size(), Preallocation::Off)?;
         }
         copy(&overlay, &base, monitor)?;
+        let parent = base.files().first().map(|file| Arc::clone(&file.storage));
         base.close()?;
+        if let (Some(limits), Some(child), Some(parent)) = (follows, overlay.files().first(), parent) {
+            follow_parent(&child.storage, &parent, &limits)?;
+        }
         if empty {
             overlay.edit_qcow2("contents", |writer| writer.make_empty())?;
         }

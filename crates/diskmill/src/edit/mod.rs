@@ -45,7 +45,7 @@ pub(crate) use ranges::RangeGuard;
 pub(crate) use raw::RawWriter;
 pub use rebase::{Rebase, RebaseMode};
 pub use resize::Preallocation;
-pub(crate) use vmdk::VmdkWriter;
+pub(crate) use vmdk::{VmdkWriter, follow_parent};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;

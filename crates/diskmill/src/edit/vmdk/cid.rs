@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use diskmill_format::Limits;
 use diskmill_format::vmdk::SparseHeader;
-use diskmill_format::vmdk::descriptor::replace_value;
+use diskmill_format::vmdk::descriptor::{Descriptor, replace_value};
+use diskmill_io::SharedStorage;
 
 use crate::edit::disk::Disk;
 use crate::error::Result;
@@ -40,19 +41,30 @@ impl DescriptorPlace {
     /// Gives the disk a new CID, so that deltas made for the old content notice (as QEMU and VMware do when a disk is
     /// written to for the first time after it was opened). A descriptor without a CID stays as it is.
     pub(super) fn renew(&self) -> Result<()> {
-        let mut text = vec![0; self.room.min(self.disk.len().saturating_sub(self.at)) as usize];
-        let got = read_full(&**self.disk.storage(), &mut text, self.at)?;
-        text.truncate(got);
-        let text = text.split(|&byte| byte == 0).next().unwrap_or_default();
         // Random, as far as it matters: seeded anew for each value by the standard library.
         let cid = RandomState::new().build_hasher().finish() as u32 % RESERVED;
-        let Some(mut new) = replace_value(text, "CID", format!("{cid:08x}").as_bytes()) else {
+        // Before the first guest byte: else a delta might not notice after a power failure.
+        self.set("CID", cid)
+    }
+
+    /// The text, up to the first NUL.
+    fn text(&self) -> Result<Vec<u8>> {
+        let mut text = vec![0; self.room.min(self.disk.len().saturating_sub(self.at)) as usize];
+        let got = read_full(&**self.disk.storage(), &mut text, self.at)?;
+        text.truncate(text.iter().take(got).position(|&byte| byte == 0).unwrap_or(got));
+        Ok(text)
+    }
+
+    /// Gives the entry `name` this value, durably, if there is such an entry and room for it.
+    fn set(&self, name: &str, value: u32) -> Result<()> {
+        let text = self.text()?;
+        let Some(mut new) = replace_value(&text, name, format!("{value:08x}").as_bytes()) else {
             return Ok(());
         };
         if new.len() < text.len() {
             new.resize(text.len(), b'\n');
         }
-        let same = new.iter().zip(text).take_while(|(new, old)| new == old).count();
+        let same = new.iter().zip(&text).take_while(|(new, old)| new == old).count();
         let end = match new.len() == text.len() {
             true => new.len() - new.iter().rev().zip(text.iter().rev()).take_while(|(n, o)| n == o).count(),
             false => new.len(),
@@ -63,10 +75,24 @@ impl DescriptorPlace {
         match new.get(same..end) {
             Some(changed) if !changed.is_empty() => {
                 self.disk.write(changed, self.at + same as u64)?;
-                // Before the first guest byte: else a delta might not notice after a power failure.
                 self.disk.sync()
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Has the delta in `child` belong to its parent as that is now: what was committed to the parent has changed its CID, and
+/// the disk that the delta shows is the same.
+///
+/// # Errors
+/// Damage of a descriptor; `Io`.
+pub(crate) fn follow_parent(child: &SharedStorage, parent: &SharedStorage, limits: &Limits) -> Result<()> {
+    let place =
+        |storage: &SharedStorage| DescriptorPlace::find(Arc::new(Disk::new(Arc::clone(storage))?), limits);
+    let (Some(child), Some(parent)) = (place(child)?, place(parent)?) else { return Ok(()) };
+    match Descriptor::parse(&parent.text()?, limits)?.cid {
+        Some(cid) => child.set("parentCID", cid),
+        None => Ok(()),
     }
 }

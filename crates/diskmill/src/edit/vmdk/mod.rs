@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use diskmill_format::{HostOffset, Limits};
 
 use self::cid::DescriptorPlace;
+pub(crate) use self::cid::follow_parent;
 use self::tables::GrainTables;
 use super::disk::Disk;
 use super::ranges::{RangeGuard, RangeLocks};

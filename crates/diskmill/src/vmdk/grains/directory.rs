@@ -42,7 +42,7 @@ impl GrainMap {
     /// Where the grain table of number `table` stands, and its redundant copy, for changing them.
     ///
     /// # Errors
-    /// [`Kind::Corrupt`] if one of them is damaged: what is written could not be told from what is not.
+    /// `Corrupt` if one of them is damaged: what is written could not be told from what is not.
     pub(crate) fn both_tables(&self, table: u64) -> Result<(u64, Option<u64>)> {
         let place = || format!("grain directory, entry {table}");
         let sound = |found: Result<Option<u64>>, directory: u64| {
