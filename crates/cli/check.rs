@@ -118,6 +118,10 @@ fn human(report: &Report, repair: Repair) -> String {
         let _ = writeln!(out, "{check_errors} internal errors have occurred during the check.");
     }
     let hint = match repair {
+        // No clusters: a VMDK, which is not repaired.
+        _ if corruptions > 0 && report.total_clusters == 0 => {
+            "`diskmill convert --salvage` copies what can be read of it.\n"
+        }
         Repair::Nothing if corruptions > 0 => "Repair it (after a backup) with: diskmill check -r all FILE\n",
         Repair::Nothing | Repair::Leaks if corruptions > 0 => "-r all repairs more.\n",
         Repair::Nothing if leaks > 0 => "Free the space with: diskmill check -r leaks FILE\n",
