@@ -48,17 +48,16 @@ impl<'a> Disk<'a> {
             return Ok(false);
         }
         state.read = state.read.saturating_add(buf.len() as u64);
-        if state.read > MOST_READ
-            && (state.read - MOST_READ) / MOST_READ_TIMES
-                > match state.data {
-                    Some(data) => data,
-                    None => *state.data.insert(self.data()?),
-                }
-        {
-            return Err(Error::new(
-                Kind::Limit,
-                "the image's tables overlap so often that checking it would take hours",
-            ));
+        let spent = state.read.saturating_sub(MOST_READ) / MOST_READ_TIMES;
+        if spent > 0 {
+            let data = match state.data {
+                Some(data) => data,
+                None => *state.data.insert(self.data()?),
+            };
+            if spent > data {
+                let why = "the image's tables overlap so often that checking it would take hours";
+                return Err(Error::new(Kind::Limit, why));
+            }
         }
         let got = read_full(self.file, buf, at)?;
         buf.get_mut(got..).unwrap_or_default().fill(0);

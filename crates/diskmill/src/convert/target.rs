@@ -174,7 +174,7 @@ impl Target {
                 // As QEMU: with direct I/O an allocated block tells what alignment reads need.
                 let block = [0; FIRST_BLOCK];
                 let block = block.get(..usize::try_from(size).unwrap_or(FIRST_BLOCK)).unwrap_or(&block);
-                storage.write_at(block, 0).map_err(|error| Error::io("cannot write", error))?;
+                storage.write_all_at(block, 0).map_err(|error| Error::io("cannot write", error))?;
             }
             if raw.preallocation == Preallocation::Falloc {
                 storage.allocate(0, size).map_err(|error| Error::io("cannot reserve the space", error))?;

@@ -159,9 +159,7 @@ impl Pass<'_> {
                 as_told
             } else {
                 let is_last = index + 1 == u64::from(count);
-                let found = [None, Some(USUAL_EXTRA[0]), Some(USUAL_EXTRA[1])]
-                    .into_iter()
-                    .filter_map(|extra| entry(rest, extra))
+                let found = readings(rest)
                     .find(|(snapshot, len)| self.is_plausible(snapshot) && self.goes_on(rest, *len, is_last));
                 found.or(if short { as_told } else { None })
             };
@@ -210,10 +208,7 @@ impl Pass<'_> {
         let rest = rest.get(len..).unwrap_or_default();
         is_last
             || rest.first_chunk::<FIXED>() == Some(&[0; FIXED])
-            || [None, Some(USUAL_EXTRA[0]), Some(USUAL_EXTRA[1])]
-                .into_iter()
-                .filter_map(|extra| entry(rest, extra))
-                .any(|(next, _)| self.is_plausible(&next))
+            || readings(rest).any(|(next, _)| self.is_plausible(&next))
     }
 
     /// Writes the mended snapshot table to free clusters, and then makes the header point to them. Refcounts must be right
@@ -254,6 +249,12 @@ impl Pass<'_> {
 /// Whether an entry says nothing of a snapshot.
 fn is_empty(snapshot: &Snapshot) -> bool {
     snapshot.l1_size == 0 && snapshot.id.is_empty()
+}
+
+/// The entry that `bytes` begins with, as it stands there and with extra data of each usual length.
+fn readings(bytes: &[u8]) -> impl Iterator<Item = (Snapshot, usize)> {
+    let usual = USUAL_EXTRA.into_iter().map(Some);
+    [None].into_iter().chain(usual).filter_map(|extra| entry(bytes, extra))
 }
 
 /// The entry that `bytes` begins with, and how long it is there; with extra data of this length instead of its own.
