@@ -120,6 +120,23 @@ pub(crate) enum Unit {
     Stored { at: usize },
 }
 
+impl Unit {
+    /// The runs of units of `unit` bytes, from the start of `guest` on, that are all zeros (`true`) or all not.
+    pub(crate) fn runs(
+        guest: Range<u64>,
+        unit: u64,
+        units: &[Self],
+    ) -> impl Iterator<Item = (Range<u64>, bool)> {
+        let mut at = guest.start;
+        let is_zero = |of: &Self| *of == Self::Zero;
+        units.chunk_by(move |a, b| is_zero(a) == is_zero(b)).map(move |run| {
+            let start = at;
+            at = guest.end.min(start + run.len() as u64 * unit);
+            (start..at, run.first().is_some_and(is_zero))
+        })
+    }
+}
+
 /// What remains to be done when all units are placed and all writes are done.
 #[derive(Default)]
 pub(crate) struct Finish {

@@ -108,6 +108,11 @@ impl OffloadFile {
 }
 
 impl FileRun {
+    /// Whether its blocks are shared with the source.
+    pub(super) const fn is_cloned(&self) -> bool {
+        matches!(self.from.way, Way::Clone { .. })
+    }
+
     /// Stands for the fingerprint of the content: what is moved from where, and when the file was last changed.
     pub(super) fn fingerprint(&self, guest: &Range<u64>) -> u64 {
         let (seconds, nanoseconds) = self.from.changed;

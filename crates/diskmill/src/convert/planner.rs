@@ -69,6 +69,18 @@ pub(super) enum Work {
     Loaded,
 }
 
+impl Work {
+    /// Whether several workers do it sooner than one. Runs of zeros are nothing but an entry in a table, and the kernel
+    /// lets one clone at a time into a file: handing those from thread to thread takes longer than some of them.
+    pub(super) fn is_shared(&self) -> bool {
+        match self {
+            Self::Zero | Self::Skip => false,
+            Self::Offload(run) => !run.is_cloned(),
+            Self::Read(_) | Self::Loaded => true,
+        }
+    }
+}
+
 /// What a worker has to read and unpack.
 #[derive(Debug, Default)]
 pub(super) struct Job {

@@ -51,14 +51,12 @@ impl Assembler for RawAssembler {
     }
 
     fn place(&mut self, guest: Range<u64>, units: &[Unit], out: &mut Vec<WriteOp>) -> Result<()> {
-        for (at, state) in guest.clone().step_by(self.unit as usize).zip(units) {
-            let end = guest.end.min(at + self.unit);
-            match state {
-                Unit::Zero => self.zero(at..end, out)?,
-                _ => {
-                    let buf_at = (at - guest.start) as usize;
-                    WriteOp::push_buf(out, TargetFile::Main, at, buf_at, (end - at) as usize);
-                }
+        for (run, zero) in Unit::runs(guest.clone(), self.unit, units) {
+            if zero {
+                self.zero(run, out)?;
+            } else {
+                let (buf_at, len) = ((run.start - guest.start) as usize, (run.end - run.start) as usize);
+                WriteOp::push_buf(out, TargetFile::Main, run.start, buf_at, len);
             }
         }
         Ok(())

@@ -79,7 +79,7 @@ pub(super) struct Worker<'s, 'a> {
     in_flight: HashMap<u64, InFlight>,
     /// What is to be asked of the system before it is read.
     soon: Vec<Soon>,
-    /// Starts the other workers. Called when there is something to move: runs of zeros are done sooner by one.
+    /// Starts the other workers. Called at the first work that several can share: see [`Work::is_shared`].
     helpers: Option<Box<dyn FnOnce() + 's>>,
     next_tag: u64,
     exhausted: bool,
@@ -111,7 +111,7 @@ impl<'s, 'a> Worker<'s, 'a> {
         }
     }
 
-    /// The same worker, which calls `helpers` when it finds the first bytes to move.
+    /// The same worker, which calls `helpers` when it finds the first work to share.
     pub(super) fn with_helpers(mut self, helpers: impl FnOnce() + 's) -> Self {
         self.helpers = Some(Box::new(helpers));
         self
@@ -173,7 +173,7 @@ impl<'s, 'a> Worker<'s, 'a> {
                 self.shared.buffers.give_back(buf);
                 return Ok(());
             };
-            if !matches!(work, Work::Zero | Work::Skip)
+            if work.is_shared()
                 && let Some(start) = self.helpers.take()
             {
                 start();

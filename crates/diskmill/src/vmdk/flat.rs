@@ -7,8 +7,6 @@ use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
 use crate::error::{Error, Result};
 
 const SPLIT: u64 = geometry::SPLIT_SECTORS * SECTOR_BYTES;
-/// Divides [`SPLIT`], so that no unit lies in two extents.
-const MAX_UNIT: u64 = 1 << 20;
 
 /// Lays out a monolithicFlat or twoGbMaxExtentFlat disk: every byte at its own offset; zeros are holes.
 pub(super) struct FlatAssembler {
@@ -23,7 +21,7 @@ pub(super) struct FlatAssembler {
 impl FlatAssembler {
     /// Looks for zeros in granules of `unit` bytes.
     pub(super) fn new(options: VmdkOptions, name: &[u8], size: u64, unit: u64) -> Result<Self> {
-        let made = Self { options, name: name.to_vec(), size, unit: unit.min(MAX_UNIT), content: 0 };
+        let made = Self { options, name: name.to_vec(), size, unit, content: 0 };
         made.descriptor()?;
         Ok(made)
     }
@@ -52,11 +50,12 @@ impl Assembler for FlatAssembler {
 
     fn place(&mut self, guest: Range<u64>, units: &[Unit], out: &mut Vec<WriteOp>) -> Result<()> {
         let step = self.step();
-        for (at, unit) in guest.clone().step_by(self.unit as usize).zip(units) {
-            let end = guest.end.min(at + self.unit);
-            if *unit != Unit::Zero {
-                let file = TargetFile::Extent((at / step) as u32);
-                WriteOp::push_buf(out, file, at % step, (at - guest.start) as usize, (end - at) as usize);
+        for (mut run, _) in Unit::runs(guest.clone(), self.unit, units).filter(|(_, zero)| !zero) {
+            while !run.is_empty() {
+                let (file, at) = (TargetFile::Extent((run.start / step) as u32), run.start % step);
+                let len = (run.end - run.start).min(step - at);
+                WriteOp::push_buf(out, file, at, (run.start - guest.start) as usize, len as usize);
+                run.start += len;
             }
         }
         Ok(())
