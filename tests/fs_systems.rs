@@ -108,33 +108,6 @@ fn files_are_put_into_vmdks() {
     fs.cmd(&["put", "packed.vmdk", "file", "/"]).fails(1).says(&["compressed", "not supported"]);
 }
 
-/// QEMU knows nothing of the encryption: diskmill writes.
-#[test]
-fn files_are_put_into_an_encrypted_image() {
-    let dir = scratch();
-    let dir = dir.path();
-    let Some(fs) = Fs::new(dir) else { return };
-    File::create(dir.join("disk.raw")).unwrap().set_len(64 << 20).unwrap();
-    let _ = Cmd::new("mke2fs").args(["-q", "-F", "-t", "ext4", "disk.raw"]).dir(dir).ok();
-    fs::write(dir.join("file"), content("encrypted")).unwrap();
-    fs::write(dir.join("key"), "secret").unwrap();
-    fs::write(dir.join("wrong"), "guess\n").unwrap();
-    let luks = ["-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"];
-    let secret = ["--object", "secret,id=key,file=key"];
-    let words = [&["convert", "-O", "qcow2"], &luks[..], &secret, &["disk.raw", "disk.qcow2"]].concat();
-    let _ = fs.program(&words).ok();
-    let key = ["--key-file", "key"];
-    fs.cmd(&["put", "--key-file", "wrong", "disk.qcow2", "file", "/"]).fails(1).says(&["passphrase"]);
-    fs.cmd(&["put", "--keep", "--key-file", "key", "disk.qcow2", "file", "/"]).fails(1).says(&["passphrase"]);
-    let put = fs.ok(&[&["put", "--json"], &key[..], &["disk.qcow2", "file", "/"]].concat()).json();
-    assert_eq!(put["files"], 1);
-    let _ = fs.program(&[&["check"], &key[..], &["disk.qcow2"]].concat()).ok();
-    let _ = fs.program(&[&["convert", "-O", "raw"], &key[..], &["disk.qcow2", "back.raw"]].concat()).ok();
-    let _ = Cmd::new("e2fsck").args(["-fn", "back.raw"]).dir(dir).ok();
-    let _ = Cmd::new("debugfs").args(["-R", "dump /file back", "back.raw"]).dir(dir).ok();
-    assert_eq!(sha256_file(&dir.join("back")), sha256_file(&dir.join("file")));
-}
-
 /// A file system of the test's images: its folder below the root, its device, blkid's word for it, and how much its names
 /// may be.
 struct Kind {

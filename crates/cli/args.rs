@@ -364,17 +364,14 @@ impl OpenArgs {
     }
 
     /// All passphrases that the user gave.
-    fn keys(&self) -> Vec<Secret> {
+    pub(crate) fn keys(&self) -> Vec<Secret> {
         let objects = self.object.iter().map(|object| &object.secret);
         self.key_file.iter().chain(objects).cloned().collect()
     }
 
-    /// The same as arguments for another process of this program; `None` if there are passphrases, which are nobody
-    /// else's business.
-    pub(crate) fn arguments(&self) -> Option<Vec<OsString>> {
-        if !self.key_file.is_empty() || !self.object.is_empty() {
-            return None;
-        }
+    /// The same as arguments for another process of this program, but for the passphrases, which are nobody else's
+    /// business.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
         let mut out: Vec<OsString> = Vec::new();
         let flags = [
             (self.force_share, "--force-share"),
@@ -388,7 +385,7 @@ impl OpenArgs {
         if let Some(disk) = &self.disk {
             out.extend(["--disk".into(), disk.into()]);
         }
-        Some(out)
+        out
     }
 
     pub(crate) fn options(&self, format: Option<Format>) -> OpenOptions {

@@ -1,6 +1,6 @@
 //! Passphrases, from files and from QEMU's secret objects.
 
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
@@ -10,6 +10,8 @@ use crate::options;
 
 /// Longer passphrases are refused: a file that is not one was named.
 const LONGEST: u64 = 64 << 10;
+/// Stands where the next passphrase's length would.
+const END: u32 = u32::MAX;
 
 /// The passphrase in a file (`-`: standard input). One line end after it does not count.
 pub(crate) fn from_file(path: &str) -> Result<Secret, String> {
@@ -18,6 +20,36 @@ pub(crate) fn from_file(path: &str) -> Result<Secret, String> {
         bytes.pop();
     }
     Ok(Secret::new(bytes))
+}
+
+/// Passes passphrases to another process of ours through `pipe`: what stands among the arguments or in the environment of a
+/// process can be read by others.
+pub(crate) fn send(pipe: &mut impl Write, secrets: &[Secret]) -> io::Result<()> {
+    for secret in secrets {
+        let len = u32::try_from(secret.bytes().len()).map_err(io::Error::other)?;
+        pipe.write_all(&len.to_be_bytes())?;
+        pipe.write_all(secret.bytes())?;
+    }
+    pipe.write_all(&END.to_be_bytes())
+}
+
+/// Takes what [`send`] has sent. The pipe is not to be buffered: a copy would stay in the buffer.
+pub(crate) fn receive(pipe: &mut impl Read) -> io::Result<Vec<Secret>> {
+    let mut secrets = Vec::new();
+    loop {
+        let mut len = [0; 4];
+        pipe.read_exact(&mut len)?;
+        let len = u32::from_be_bytes(len);
+        if len == END {
+            return Ok(secrets);
+        }
+        if u64::from(len) > LONGEST {
+            return Err(io::Error::other(format!("a passphrase of {len} bytes")));
+        }
+        let mut bytes = vec![0; len as usize];
+        pipe.read_exact(&mut bytes)?;
+        secrets.push(Secret::new(bytes));
+    }
 }
 
 /// A named passphrase, as QEMU's `--object secret,id=ID,data=TEXT` or `file=PATH` gives it, with `format=base64` if it
@@ -90,6 +122,19 @@ fn decode_base64(text: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn secrets_pass_through_a_pipe() {
+        let secrets = [&b"a\0b\n"[..], b"", b"c"].map(|bytes| Secret::new(bytes.to_vec()));
+        let mut pipe = Vec::new();
+        send(&mut pipe, &secrets).unwrap();
+        pipe.extend(b"4711\n");
+        let mut rest = pipe.as_slice();
+        assert_eq!(receive(&mut rest).unwrap(), secrets);
+        assert_eq!(rest, b"4711\n");
+        assert!(receive(&mut &pipe[..6]).is_err());
+        assert!(receive(&mut &[0, 1, 0, 1][..]).is_err());
+    }
 
     #[test]
     fn secrets_as_qemu_takes_them() {

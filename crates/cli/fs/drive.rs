@@ -2,8 +2,9 @@
 //! plain qcow2 images that are to be written as files, with their format named.
 
 use std::ffi::OsString;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -25,7 +26,7 @@ use super::guest::Access;
 use super::kept;
 use crate::args::OpenArgs;
 use crate::exit::{Exit, Failure};
-use crate::say;
+use crate::{say, secrets};
 
 /// The hidden subcommand that serves an image to an appliance which outlives the program.
 const COMPANION: &str = "guestfs-companion";
@@ -132,12 +133,9 @@ impl Drive {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
         let socket = kept::socket(&image, args, file, access).map_err(failed)?;
-        let open = args.open.arguments().ok_or_else(|| {
-            Failure::failed("a session of an encrypted image cannot be kept or mounted: its passphrase would have to be kept too")
-        })?;
         let writable = access == Access::Write;
         let mut command = Process::new("/proc/self/exe");
-        command.arg(COMPANION).args(open).arg("--unix").arg(&socket);
+        command.arg(COMPANION).args(args.open.arguments()).arg("--unix").arg(&socket);
         if writable {
             command.arg("--writable");
         }
@@ -150,13 +148,18 @@ impl Drive {
         // A reader's lock would be in the way of a writer.
         let _image = (!writable).then_some(image);
         let mut child = command.spawn().map_err(failed)?;
+        let mut stdin = child.stdin.take();
+        let sent = stdin.as_mut().map_or(Ok(()), |stdin| secrets::send(stdin, &args.open.keys()));
         let mut line = String::new();
         if let Some(stdout) = child.stdout.take() {
             BufReader::new(stdout).read_line(&mut line).map_err(failed)?;
         }
-        let ready = child.stdin.take().filter(|_| line == "ready\n");
-        let Some(stdin) = ready else {
+        let Some(stdin) = stdin.filter(|_| line == "ready\n") else {
             let _ = child.wait();
+            // If it has stopped listening, it has said why.
+            if line.is_empty() {
+                sent.map_err(failed)?;
+            }
             return Err(Failure::failed(line.trim_end().to_owned()));
         };
         let disk = Disk::nbd(&socket, "");
@@ -278,7 +281,8 @@ pub(crate) struct CompanionArgs {
     file: PathBuf,
 }
 
-/// Serves an image until the process whose number comes on standard input has ended; at once, if none comes.
+/// Serves an image until the process whose number comes on standard input, behind the passphrases, has ended; at once, if
+/// none comes.
 pub(crate) fn companion(args: &CompanionArgs) -> Result<Exit, Failure> {
     serve_process(args).inspect_err(|failure| {
         // Standard error is nobody's.
@@ -287,8 +291,12 @@ pub(crate) fn companion(args: &CompanionArgs) -> Result<Exit, Failure> {
 }
 
 fn serve_process(args: &CompanionArgs) -> Result<Exit, Failure> {
-    let options = OpenOptions { writable: args.writable, ..args.open.options(args.format) };
-    let image = Image::open(&args.file, &options)?;
+    let mut stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let keys = secrets::receive(&mut stdin)?;
+    let image = {
+        let options = OpenOptions { writable: args.writable, keys, ..args.open.options(args.format) };
+        Image::open(&args.file, &options)?
+    };
     let failed = |error: io::Error| Failure::failed(format!("cannot serve {:?}: {error}", args.file));
     let settings = Settings { log: std::sync::Arc::new(|_| ()), ..Settings::default() };
     let export = if args.writable { ImageExport::writable(image) } else { ImageExport::new(image) };
@@ -296,7 +304,7 @@ fn serve_process(args: &CompanionArgs) -> Result<Exit, Failure> {
     let running = running.map_err(failed)?;
     println!("ready");
     let mut line = String::new();
-    io::stdin().read_line(&mut line)?;
+    BufReader::new(stdin).read_line(&mut line)?;
     if let Some(pid) = line.trim().parse().ok().and_then(Pid::from_raw)
         && let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
     {

@@ -1,6 +1,7 @@
 //! Sessions that are kept: found again by the image they are on.
 
-use std::fs::{File, Metadata, OpenOptions, canonicalize, metadata};
+use std::collections::BTreeSet;
+use std::fs::{self, File, Metadata, canonicalize, metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixStream;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use diskmill::Image;
+use diskmill::{Image, OpenOptions};
 use diskmill_guestfs::{Kept, Kind};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest as _, Sha256};
@@ -43,7 +44,9 @@ impl Identity {
     fn of(image: &Image, args: &ImageArgs, file: &Path) -> io::Result<Self> {
         let mut state = Sha256::new();
         let paths = image.files().iter().map(|file| file.path.as_path());
-        for path in image.chain().map(|(path, _)| path).chain(paths) {
+        // Each once: an image that is opened without its passphrase has fewer files by the same name.
+        let paths: BTreeSet<&Path> = image.chain().map(|(path, _)| path).chain(paths).collect();
+        for path in paths {
             let Ok(found) = metadata(path) else { continue };
             for number in [found.dev(), found.ino(), found.size()] {
                 state.update(number.to_le_bytes());
@@ -54,7 +57,7 @@ impl Identity {
         }
         let mut options = Sha256::new();
         options.update(args.format.map_or("", |format| format.name()));
-        for argument in args.open.arguments().unwrap_or_default() {
+        for argument in args.open.arguments() {
             options.update(argument.as_encoded_bytes());
             options.update([0]);
         }
@@ -138,12 +141,19 @@ pub(crate) fn find(
                 wanted.name()
             )));
         }
+        if !args.open.keys().is_empty() {
+            // The session has the passphrase. Another one that is given is a mistake.
+            let options = OpenOptions { force_share: true, ..args.open.options(args.format) };
+            drop(Image::open(file, &options)?);
+        }
         return Ok(Some(kept.clone()));
     }
-    if access == Access::Write || args.open.arguments().is_none() {
+    if access == Access::Write {
         return Ok(None);
     }
-    let image = Image::open(file, &args.open.options(args.format))?;
+    let options = args.open.options(args.format);
+    // A session that is kept is open to its user without the passphrase.
+    let image = Image::open(file, &OpenOptions { locked: options.keys.is_empty(), ..options })?;
     let unreadable = |error| Failure::failed(format!("{}: {error}", names::shown(&file.to_string_lossy())));
     let wanted = Identity::of(&image, args, file).map_err(unreadable)?;
     let (prefix, path) = (wanted.prefix(), label(file));
@@ -208,7 +218,7 @@ pub(crate) fn starting(file: &Path, limit: Duration) -> Result<File, Failure> {
     let failed = |error: io::Error| Failure::failed(format!("cannot lock the start of a session: {error}"));
     let name = format!("{}.lock", file_name(&metadata(file).map_err(failed)?));
     let path = run_folder().map_err(failed)?.join(name);
-    let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let lock = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
     let lock = lock.map_err(failed)?;
     let end = Instant::now() + limit;
     loop {

@@ -238,6 +238,25 @@ impl Storage for EncryptedStorage {
     }
 }
 
+/// An encrypted image that was opened without its passphrase.
+pub(crate) struct LockedLayout(Qcow2Layout);
+
+impl LockedLayout {
+    pub(crate) fn new(encrypted: Qcow2Layout) -> Self {
+        Self(encrypted)
+    }
+}
+
+impl Layout for LockedLayout {
+    fn info(&self) -> &ImageInfo {
+        self.0.info()
+    }
+
+    fn map(&self, _at: GuestOffset, max: u64) -> Result<LayerExtent, MapError> {
+        Err(MapError { error: wrong_key(&[]), len: max })
+    }
+}
+
 /// A qcow2 image with legacy AES encryption. Its sectors are encrypted by their guest offset, so its plain clusters are
 /// read through a [`LegacyAesStorage`], in which each byte stands at its guest offset.
 pub(crate) struct LegacyAesLayout {

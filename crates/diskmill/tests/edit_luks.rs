@@ -7,13 +7,14 @@
     reason = "test code"
 )]
 
+use std::fs;
 use std::path::Path;
 use std::time::SystemTime;
 
 use diskmill::convert::TargetFormat;
 use diskmill::create::{CreateOptions, create};
 use diskmill::edit::ZeroHow;
-use diskmill::{Allow, Image, OpenOptions, OpenPolicy, Secret, SnapshotRef};
+use diskmill::{Allow, Image, Kind, OpenOptions, OpenPolicy, Secret, SnapshotRef};
 use diskmill_testkit::{ModelDisk, Op, Oracle, Script, Step, scratch, steps};
 
 const SECRET: &str = "secret,id=s,data=correct horse";
@@ -119,4 +120,24 @@ fn legacy_aes() {
     in_turn(&[aes, ("cluster_size", "512"), ("compat", "0.10")], 512);
     in_turn(&[aes, ("cluster_size", "32k"), ("extended_l2", "on")], 32 << 10);
     in_turn(&[aes, ("data_file", "data.raw")], 64 << 10);
+}
+
+#[test]
+fn a_locked_image_shows_what_it_is_but_no_data() {
+    let dir = scratch();
+    fs::File::create(dir.path().join("base.raw")).unwrap().set_len(SIZE).unwrap();
+    for format in ["luks", "aes"] {
+        let path = dir.path().join(format);
+        encrypted(&path, &[("encrypt.format", format)]);
+        let path = dir.path().join(format!("{format}-overlay"));
+        encrypted(&path, &[("encrypt.format", format), ("backing_file", "base.raw"), ("backing_fmt", "raw")]);
+        let locked = OpenOptions { locked: true, writable: false, keys: Vec::new(), ..options() };
+        let image = Image::open(&path, &locked).unwrap();
+        assert_eq!((image.size(), image.chain().len()), (SIZE, 2));
+        assert_eq!(image.map(0, 512).unwrap_err().error.kind(), Kind::Denied);
+        assert_eq!(image.read_at(&mut [0; 512], 0).unwrap_err().kind(), Kind::Denied);
+        drop(image);
+        let error = Image::open(&path, &OpenOptions { writable: true, ..locked }).err().unwrap();
+        assert_eq!(error.kind(), Kind::Invalid);
+    }
 }

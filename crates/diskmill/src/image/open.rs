@@ -15,7 +15,7 @@ use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedSt
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
 use crate::check::{CheckOptions, Repair, check_storage};
 use crate::edit::{Qcow2Writer, RawWriter, VmdkWriter};
-use crate::encrypted::{EncryptedStorage, LegacyAes, LuksArea, legacy_aes};
+use crate::encrypted::{EncryptedStorage, LegacyAes, LockedLayout, LuksArea, legacy_aes};
 use crate::error::{Error, Kind, Result};
 use crate::layout::{FileId, FormatInfo, Layout};
 use crate::policy::{Allow, EXTENT};
@@ -254,7 +254,7 @@ impl<'a> Opener<'a> {
         };
         let id = self.file_id(&storage, &path);
         let writable = self.writable() && (format == Format::Qcow2 || self.depth != Depth::ToCommit);
-        let part = self.options.metadata_only || self.options.no_backing;
+        let part = self.options.metadata_only || self.options.no_backing || self.options.locked;
         if writable && (snapshot.is_some() || part) {
             return Err(Error::invalid("a snapshot, or a part of an image, cannot be written to"));
         }
@@ -347,7 +347,8 @@ impl<'a> Opener<'a> {
             }
             _ => None,
         };
-        let crypt = if self.options.metadata_only { CryptMethod::None } else { header.crypt };
+        let locked = self.options.locked && header.crypt != CryptMethod::None;
+        let crypt = if self.options.metadata_only || locked { CryptMethod::None } else { header.crypt };
         let mut clusters = data;
         if crypt == CryptMethod::Luks {
             let Some((at, room)) = read.area.extensions.luks_header else {
@@ -385,6 +386,7 @@ impl<'a> Opener<'a> {
         let layout = Qcow2Layout::new(read, files, snapshot.as_ref())?;
         Ok(match aes {
             Some(aes) => (Box::new(aes.decrypt(layout)), next),
+            None if locked => (Box::new(LockedLayout::new(layout)), next),
             None => (Box::new(layout), next),
         })
     }
