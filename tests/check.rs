@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
+use diskmill_testkit::qcow2::{COPIED, ImageBytes};
 use diskmill_testkit::{Oracle, Tool, args, scratch};
 use serde_json::Value;
 
 const CLUSTER: u64 = 65_536;
-const COPIED: u64 = 1 << 63;
 /// Past the end of any file here.
 const FAR: u64 = 1 << 40;
 
@@ -15,86 +15,17 @@ fn tool() -> Tool {
     Tool::under_test(env!("CARGO_BIN_EXE_diskmill"))
 }
 
-/// An image in memory, with what tests patch.
-#[derive(Clone)]
-struct Disk(Vec<u8>);
-
-impl Disk {
-    fn read(path: &Path) -> Self {
-        Self(std::fs::read(path).unwrap())
-    }
-
-    fn u64(&self, at: u64) -> u64 {
-        u64::from_be_bytes(self.0[at as usize..at as usize + 8].try_into().unwrap())
-    }
-
-    fn put(&mut self, at: u64, bytes: &[u8]) {
-        self.0[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn put64(&mut self, at: u64, value: u64) {
-        self.put(at, &value.to_be_bytes());
-    }
-
-    fn l1(&self) -> u64 {
-        self.u64(40)
-    }
-
-    fn is_v3(&self) -> bool {
-        self.0[7] >= 3
-    }
-
-    /// Where entry `index` of the first L2 table stands.
-    fn l2(&self, index: u64) -> u64 {
-        let extended = self.is_v3() && self.u64(72) & 16 != 0;
-        (self.u64(self.l1()) & !COPIED) + index * if extended { 16 } else { 8 }
-    }
-
-    fn refcount_table(&self) -> u64 {
-        self.u64(48)
-    }
-
-    /// Sets the refcount of the cluster at `offset`. Narrow ones are set to the largest they can hold at most.
-    fn set_refcount(&mut self, offset: u64, count: u16) {
-        let block = self.u64(self.refcount_table());
-        let bits = 1 << if self.is_v3() { self.0[99] } else { 4 };
-        let cluster = offset / CLUSTER;
-        match bits {
-            8.. => {
-                let bytes = u64::from(count).to_be_bytes();
-                let len = bits / 8;
-                self.put(block + cluster * len as u64, &bytes[8 - len..]);
-            }
-            _ => {
-                let at = (block + cluster * bits as u64 / 8) as usize;
-                let shift = cluster * bits as u64 % 8;
-                let mask = (1u8 << bits) - 1;
-                let value = count.min(mask.into()) as u8;
-                self.0[at] = self.0[at] & !(mask << shift) | value << shift;
-            }
-        }
-    }
-
-    fn snapshots(&self) -> u64 {
-        self.u64(64)
-    }
-
-    fn host(&self, index: u64) -> u64 {
-        self.u64(self.l2(index)) & 0x00ff_ffff_ffff_fe00
-    }
-}
-
 /// Data, a compressed cluster, and a snapshot whose second cluster was written since.
-fn with_snapshot(q: &Oracle, dir: &Path) -> Disk {
+fn with_snapshot(q: &Oracle, dir: &Path) -> ImageBytes {
     q.create("base.qcow2", "", 10 << 20);
     q.io(["-c", "write -P 1 0 256k", "-c", "write -c -P 2 1M 64k", "base.qcow2"]).ok();
     q.snapshot("base.qcow2", "s1");
     q.io(["-c", "write -P 3 64k 64k", "base.qcow2"]).ok();
-    Disk::read(&dir.join("base.qcow2"))
+    ImageBytes::read(&dir.join("base.qcow2"))
 }
 
 /// The same in other kinds of images.
-fn of_kind(q: &Oracle, dir: &Path, options: &str) -> Disk {
+fn of_kind(q: &Oracle, dir: &Path, options: &str) -> ImageBytes {
     q.create("base.qcow2", options, 10 << 20);
     q.io(["-c", "write -P 1 0 256k", "base.qcow2"]).ok();
     let external = options.contains("data_file");
@@ -105,15 +36,15 @@ fn of_kind(q: &Oracle, dir: &Path, options: &str) -> Disk {
         q.snapshot("base.qcow2", "s1");
     }
     q.io(["-c", "write -P 3 64k 64k", "base.qcow2"]).ok();
-    Disk::read(&dir.join("base.qcow2"))
+    ImageBytes::read(&dir.join("base.qcow2"))
 }
 
 /// Data and a bitmap that has some bits.
-fn with_bitmap(q: &Oracle, dir: &Path) -> Disk {
+fn with_bitmap(q: &Oracle, dir: &Path) -> ImageBytes {
     q.create("base.qcow2", "", 10 << 20);
     q.img(["bitmap", "--add", "base.qcow2", "the-bitmap"]).ok();
     q.io(["-c", "write -P 1 0 256k", "base.qcow2"]).ok();
-    Disk::read(&dir.join("base.qcow2"))
+    ImageBytes::read(&dir.join("base.qcow2"))
 }
 
 /// What is to become of the image after `-r all`.
@@ -133,7 +64,7 @@ enum After {
     Careful,
 }
 
-type Case = (&'static str, fn(&mut Disk), After);
+type Case = (&'static str, fn(&mut ImageBytes), After);
 
 const SNAPSHOT_CASES: &[Case] = &[
     ("nothing", |_| {}, After::Clean),
@@ -218,7 +149,7 @@ const SNAPSHOT_CASES: &[Case] = &[
 ];
 
 /// Gives the snapshot's entry, which is the only one, extra data of `len` bytes.
-fn lengthen(d: &mut Disk, len: usize) {
+fn lengthen(d: &mut ImageBytes, len: usize) {
     let extra = d.snapshots() as usize + 40;
     let (old, behind) = (24, d.0[extra + 24..][..64].to_vec());
     d.put(d.snapshots() + 36, &(len as u32).to_be_bytes());
@@ -227,7 +158,7 @@ fn lengthen(d: &mut Disk, len: usize) {
 }
 
 /// Where the directory stands, which begins with the entry of the bitmap.
-fn bitmap(d: &Disk) -> u64 {
+fn bitmap(d: &ImageBytes) -> u64 {
     let extension = d.0.windows(4).position(|at| at == [0x23, 0x85, 0x28, 0x75]).unwrap() as u64;
     d.u64(extension + 24)
 }
@@ -300,7 +231,7 @@ fn verdict(out: &diskmill_testkit::Outcome) -> (Option<i32>, String, Vec<String>
     (out.code, out.out(), lines)
 }
 
-fn run_table(name: &str, base: fn(&Oracle, &Path) -> Disk, cases: &[Case]) {
+fn run_table(name: &str, base: fn(&Oracle, &Path) -> ImageBytes, cases: &[Case]) {
     let dir = scratch();
     let Some(q) = Oracle::find(dir.path()) else { return };
     let base = base(&q, dir.path());
@@ -336,7 +267,7 @@ fn corruptions(out: &diskmill_testkit::Outcome) -> u64 {
     serde_json::from_str::<Value>(&out.out()).map_or(0, |json| json["corruptions"].as_u64().unwrap_or(0))
 }
 
-fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> {
+fn one(q: &Oracle, dir: &Path, disk: &ImageBytes, after: After) -> Result<(), String> {
     let image = dir.join("d.qcow2");
     let fresh = || std::fs::write(&image, &disk.0).unwrap();
     fresh();
@@ -379,7 +310,7 @@ fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> 
                 format!("not clean: {repaired}\n{rest}"),
             )?;
             // Nothing is left of dirty and corrupt bits either.
-            let bits = Disk::read(&image).u64(72);
+            let bits = ImageBytes::read(&image).u64(72);
             ensure(bits & 3 == 0, format!("feature bits {bits:#x}"))
         }
         After::AsQemu => {
@@ -405,7 +336,7 @@ fn one(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> 
 }
 
 /// `-r leaks` leaves what it leaves under qemu-img, where nothing is kept for damaged tables.
-fn leaks_alone(q: &Oracle, dir: &Path, disk: &Disk, after: After) -> Result<(), String> {
+fn leaks_alone(q: &Oracle, dir: &Path, disk: &ImageBytes, after: After) -> Result<(), String> {
     if !matches!(after, After::Clean | After::AsQemu) {
         return Ok(());
     }
@@ -464,7 +395,7 @@ fn tables_that_overlap_take_no_hours() {
     let dir = scratch();
     let Some(q) = Oracle::find(dir.path()) else { return };
     q.create("d.qcow2", "", 1 << 30);
-    let mut disk = Disk::read(&dir.path().join("d.qcow2"));
+    let mut disk = ImageBytes::read(&dir.path().join("d.qcow2"));
     let table = (disk.0.len() as u64).next_multiple_of(CLUSTER);
     let count = 20_000u32;
     disk.0.resize(table as usize, 0);

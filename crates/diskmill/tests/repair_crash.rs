@@ -8,56 +8,13 @@ use std::sync::Arc;
 use diskmill::check::{CheckOptions, Finding, Repair, Report, check_storage};
 use diskmill::{Image, OpenOptions};
 use diskmill_io::{FaultyStorage, MemoryStorage, SharedStorage, Storage};
+use diskmill_testkit::qcow2::{COPIED, ImageBytes};
 use diskmill_testkit::{Oracle, scratch};
 
 const LIMIT: u64 = 64 << 20;
-const COPIED: u64 = 1 << 63;
 const FAR: u64 = 1 << 40;
 
-/// An image in memory, with what tests patch. Refcounts have 16 bits.
-#[derive(Clone)]
-struct Disk(Vec<u8>);
-
-impl Disk {
-    fn u64(&self, at: u64) -> u64 {
-        u64::from_be_bytes(self.0[at as usize..at as usize + 8].try_into().unwrap())
-    }
-
-    fn put(&mut self, at: u64, bytes: &[u8]) {
-        self.0[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn put64(&mut self, at: u64, value: u64) {
-        self.put(at, &value.to_be_bytes());
-    }
-
-    fn cluster(&self) -> u64 {
-        1 << self.0[23]
-    }
-
-    fn l1(&self) -> u64 {
-        self.u64(40)
-    }
-
-    fn l2(&self, index: u64) -> u64 {
-        (self.u64(self.l1()) & !COPIED) + index * 8
-    }
-
-    fn host(&self, index: u64) -> u64 {
-        self.u64(self.l2(index)) & 0x00ff_ffff_ffff_fe00
-    }
-
-    fn table(&self) -> u64 {
-        self.u64(48)
-    }
-
-    fn set_refcount(&mut self, offset: u64, count: u16) {
-        let block = self.u64(self.table());
-        self.put(block + offset / self.cluster() * 2, &count.to_be_bytes());
-    }
-}
-
-type Case = (&'static str, fn(&mut Disk));
+type Case = (&'static str, fn(&mut ImageBytes));
 
 const CASES: &[Case] = &[
     ("refcounts too high", |d| {
@@ -84,14 +41,14 @@ const CASES: &[Case] = &[
         d.put64(d.l1(), d.u64(d.l1()) ^ COPIED);
     }),
     ("misaligned zero cluster", |d| d.put64(d.l2(1), COPIED | (d.host(1) + 512) | 1)),
-    ("no refcount block", |d| d.put64(d.table(), 0)),
-    ("refcount block past the end", |d| d.put64(d.table(), FAR)),
-    ("refcount block misaligned", |d| d.put64(d.table(), d.u64(d.table()) + 512)),
-    ("refcount block twice", |d| d.put64(d.table() + 8, d.u64(d.table()))),
-    ("refcount block on data", |d| d.put64(d.table() + 8, d.host(0))),
+    ("no refcount block", |d| d.put64(d.refcount_table(), 0)),
+    ("refcount block past the end", |d| d.put64(d.refcount_table(), FAR)),
+    ("refcount block misaligned", |d| d.put64(d.refcount_table(), d.u64(d.refcount_table()) + 512)),
+    ("refcount block twice", |d| d.put64(d.refcount_table() + 8, d.u64(d.refcount_table()))),
+    ("refcount block on data", |d| d.put64(d.refcount_table() + 8, d.host(0))),
     ("refcount table past the end", |d| d.put64(48, FAR)),
     ("all refcounts gone, and flags wrong", |d| {
-        let block = d.u64(d.table());
+        let block = d.u64(d.refcount_table());
         let len = d.cluster();
         d.put(block, &vec![0; len as usize]);
         d.put64(d.l2(1), d.u64(d.l2(1)) ^ COPIED);
@@ -104,14 +61,14 @@ const CASES: &[Case] = &[
 ];
 
 /// Written data, some of it shared with a snapshot, and a bitmap.
-fn base(q: &Oracle, dir: &Path, cluster: u64) -> Disk {
+fn base(q: &Oracle, dir: &Path, cluster: u64) -> ImageBytes {
     q.create("base.qcow2", &format!("cluster_size={cluster}"), 2 << 20);
     let io = |command: String| q.io(["-c", &command, "base.qcow2"]).ok();
     io(format!("write -P 1 0 {}", 6 * cluster));
     q.snapshot("base.qcow2", "s1");
     q.img(["bitmap", "--add", "base.qcow2", "b"]).ok();
     io(format!("write -P 3 {cluster} {}", 4 * cluster));
-    Disk(std::fs::read(dir.join("base.qcow2")).unwrap())
+    ImageBytes::read(&dir.join("base.qcow2"))
 }
 
 fn memory(bytes: Vec<u8>) -> SharedStorage {

@@ -9,7 +9,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+mod bytes;
 pub mod payload;
+
+pub use bytes::ImageBytes;
 
 /// Offsets of header fields, for [`Image::put`].
 pub mod field {
