@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use diskmill_guestfs::{Command, Disk, Options, Session, WatchdogCommand, keeper_main};
+use diskmill_guestfs::{Command, Disk, Options, Session, WatchdogCommand, keeper_main, sweep};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -27,6 +27,8 @@ fn main() -> ExitCode {
 }
 
 fn show(image: &str, format: &str, partition: &str, path: &str) -> diskmill_guestfs::Result<()> {
+    // What killed runs have left may still have the image open.
+    sweep();
     let options = Options::new(WatchdogCommand::this_program(["guestfs-keeper"]))?;
     let mut session = Session::open(&[Disk::file(image, format)], options)?;
     session.call(&Command::new("mount-ro").arg(partition).arg("/"))?;

@@ -227,7 +227,8 @@ impl Kept {
 }
 
 /// What was left of sessions whose programs were killed, keeper and all, is ended and removed. Returns the folders.
-/// Sessions that are alive are left alone. Every [`Session::open`](crate::Session::open) does it first.
+/// Sessions that are alive are left alone. A program does it before it opens its first session: an appliance that was left
+/// may still have the image open.
 pub fn sweep() -> Vec<PathBuf> {
     let mut swept = Vec::new();
     for Dead { dir, state, _guard } in dead() {

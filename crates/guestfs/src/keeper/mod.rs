@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, set_child_subreaper, setsid};
 
 use crate::connection::{Connection, Patience};
-use crate::kept::{State, Turn, guard, last_use, sweep};
+use crate::kept::{State, Turn, guard, last_use};
 use crate::place::Place;
 use crate::process::{end_all_descendants, reap};
 use crate::{Cancel, Error, Kind, Result, Settings, wire};
@@ -57,9 +57,6 @@ fn run() -> Result<()> {
             Heard::Tick => {}
         }
     };
-    for dir in sweep() {
-        reply(&Reply::Note(format!("removed what a killed session had left in {}", dir.display())));
-    }
     let place = Place::create(&settings)?;
     let _guard = guard(&place).inspect_err(|_| place.remove())?;
     let result = keep_watch(&settings, writable, &place, &mut requests);
