@@ -122,9 +122,9 @@ pub(crate) fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Prints an error or a warning as qemu-img does. The library's hints name commands of ours.
+/// Prints an error or a warning as qemu-img does.
 fn report(message: &str) {
-    eprintln!("qemu-img: {}", message.replace("`diskmill ", "`qemu-img "));
+    eprintln!("qemu-img: {message}");
 }
 
 fn run(args: Vec<OsString>) -> Outcome {

@@ -103,6 +103,7 @@ impl Error {
         self
     }
 
+    /// What to do about it. Commands stand there without the program's name: it has two.
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert_with(|| hint.into());

@@ -1,5 +1,4 @@
 use std::ops::Range;
-use std::path::PathBuf;
 
 use diskmill_codec::Codec;
 use diskmill_format::{GuestOffset, HostOffset};
@@ -155,8 +154,6 @@ pub struct ImageInfo {
     pub packed_unit: u64,
     /// The backing file as the image names it.
     pub backing_name: Option<String>,
-    /// The backing file after relative names are resolved.
-    pub backing_path: Option<PathBuf>,
     /// The backing file's format as the image names it.
     pub backing_format: Option<String>,
     /// What is doubtful about the image and was read all the same, for people.

@@ -79,7 +79,6 @@ fn info(virtual_size: u64) -> ImageInfo {
         cluster_size: None,
         packed_unit: 0,
         backing_name: None,
-        backing_path: None,
         backing_format: None,
         warnings: Vec::new(),
         specific: FormatInfo::Raw,

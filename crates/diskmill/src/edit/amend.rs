@@ -46,7 +46,7 @@ impl Amendment {
             "data_file_raw" => self.data_file_raw = Some(parse_bool(name, value)?),
             "size" => self.size = Some(parse_size(value)?),
             "backing_file" | "backing_fmt" => {
-                return Err(Error::unsupported(format!("amending {name}")).hint("`diskmill rebase` can"));
+                return Err(Error::unsupported(format!("amending {name}")).hint("`rebase` can"));
             }
             other => match other.strip_prefix("encrypt.") {
                 Some(name) => self.keys.get_or_insert_default().set(name, value)?,

@@ -56,7 +56,7 @@ impl Disk {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Writes all of `buf` at `at`.
+    /// Writes all of `buf` at `at`. Not by `Storage::write_all_at`: what was written before a failure counts for the length.
     pub(crate) fn write(&self, mut buf: &[u8], mut at: u64) -> Result<()> {
         self.check()?;
         while !buf.is_empty() {

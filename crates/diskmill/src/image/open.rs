@@ -402,7 +402,7 @@ fn count_anew(storage: &dyn Storage, limits: &Limits) -> Result<()> {
             Kind::Corrupt,
             "the image was not closed and cannot be repaired all by itself",
         )
-        .hint("`diskmill check -r all` shows what is wrong"));
+        .hint("`check -r all` shows what is wrong"));
     }
     Ok(())
 }

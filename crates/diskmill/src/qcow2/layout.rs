@@ -85,7 +85,6 @@ impl Qcow2Layout {
             cluster_size: Some(geometry.cluster_size()),
             packed_unit: if header.has(feature::DATA_FILE) { 0 } else { geometry.cluster_size() },
             backing_name: read.area.backing_name.as_deref().map(lossy),
-            backing_path: None,
             backing_format: read.area.extensions.backing_format.as_deref().map(lossy),
             warnings: Vec::new(),
             specific: FormatInfo::Raw,

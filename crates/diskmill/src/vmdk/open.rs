@@ -366,7 +366,6 @@ impl Opening<'_> {
                 .filter(|_| parent.is_some())
                 .and_then(|it| it.parent_hint.as_deref())
                 .map(lossy),
-            backing_path: None,
             backing_format: None,
             warnings: self.warnings,
             specific: FormatInfo::Vmdk(Box::new(VmdkInfo { descriptor, extents: self.extents })),

@@ -136,11 +136,11 @@ impl Qcow2Writer {
 fn refuse(info: &Qcow2Info) -> Result<()> {
     if info.corrupt {
         return Err(Error::new(Kind::Corrupt, "the image is marked as corrupt: it is not written to")
-            .hint("`diskmill check -r all` repairs it and clears the mark"));
+            .hint("`check -r all` repairs it and clears the mark"));
     }
     if info.dirty {
         return Err(Error::unsupported("writing to an image whose refcounts are out of date (dirty bit)")
-            .hint("`diskmill check -r all` brings them up to date"));
+            .hint("`check -r all` brings them up to date"));
     }
     Ok(())
 }

@@ -87,7 +87,7 @@ impl Meta {
     fn uncounted(&self, cluster: u64) -> Error {
         let host = HostOffset(cluster << self.geometry.cluster_bits());
         self.corrupt("refcount", host, "a cluster in use has refcount 0: the image is damaged")
-            .hint("`diskmill check -r all` repairs it")
+            .hint("`check -r all` repairs it")
     }
 
     fn forget(&mut self, cluster: u64) {
