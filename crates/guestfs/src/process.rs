@@ -93,41 +93,59 @@ fn all() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// The children of this process, zombies too.
-pub(crate) fn children() -> Vec<i32> {
-    let own = rustix::process::getpid().as_raw_nonzero().get();
-    children_of(own)
-}
-
 /// The children of the process `parent`.
 pub(crate) fn children_of(parent: i32) -> Vec<i32> {
     all().filter(|&pid| Stat::of(pid).is_some_and(|stat| stat.parent == parent)).collect()
 }
 
+/// The processes that `ancestor` has started, and those have, as one look at all processes shows them.
+fn descendants_of(ancestor: i32) -> Vec<ProcessId> {
+    let mut others: Vec<(i32, ProcessId)> = all()
+        .filter_map(|pid| Stat::of(pid).map(|stat| (stat.parent, ProcessId { pid, started: stat.started })))
+        .collect();
+    let mut parents = vec![ancestor];
+    let mut found = Vec::new();
+    while let Some(parent) = parents.pop() {
+        for (_, process) in others.extract_if(.., |(of, _)| *of == parent) {
+            parents.push(process.pid);
+            found.push(process);
+        }
+    }
+    found
+}
+
+/// How long we wait for what was killed before we look for what was started meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// Kills all descendants of this process and waits until they are gone. It must be their subreaper: whatever loses its
-/// parent becomes our child then, so that none gets away and no number can be given to another process before we have
-/// waited for it. `false` if some are left after `limit` (a process that waits for a disk cannot be killed).
+/// parent becomes our child then, so that none gets away. `false` if some are left after `limit` (a process that waits for
+/// a disk cannot be killed).
 pub(crate) fn end_all_descendants(limit: Duration) -> bool {
+    let own = rustix::process::getpid().as_raw_nonzero().get();
     let end = Instant::now() + limit;
-    loop {
-        reap();
-        let children = children();
-        if children.is_empty() {
-            return true;
-        }
-        for pid in children.into_iter().filter_map(Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, Signal::KILL);
-        }
+    while reap() {
         if Instant::now() >= end {
             return false;
         }
-        std::thread::sleep(Duration::from_millis(2));
+        // All at once: the appliance need not wait for guestfish to end.
+        descendants_of(own).into_iter().for_each(ProcessId::kill);
+        let again = Instant::now() + LOOK_AGAIN;
+        while reap() && Instant::now() < again {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
+    true
 }
 
-/// Waits for children that have ended already.
-pub(crate) fn reap() {
-    while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+/// Waits for children that have ended already. Whether others are left.
+pub(crate) fn reap() -> bool {
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
+            Ok(None) => return true,
+            Err(_) => return false,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -138,7 +156,7 @@ mod tests {
     fn a_process_is_known_by_its_start_time_too() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::of(child.id() as i32).unwrap();
-        assert!(id.is_alive() && children().contains(&id.pid));
+        assert!(id.is_alive() && children_of(std::process::id() as i32).contains(&id.pid));
         let other = ProcessId { started: id.started + 1, ..id };
         assert!(!other.is_alive());
         other.kill();

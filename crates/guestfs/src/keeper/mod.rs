@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use rustix::process::{getpid, set_child_subreaper, setsid};
+use rustix::process::{Resource, Rlimit, getpid, getrlimit, set_child_subreaper, setrlimit, setsid};
 
 use crate::connection::{Connection, Patience};
 use crate::kept::{State, Turn, guard, last_use};
@@ -26,6 +26,8 @@ pub(crate) mod server;
 use message::{Reply, Request, Server};
 use requests::{Heard, Requests};
 
+/// Descriptors that guestfish and QEMU may open: what most systems start programs with.
+const DESCRIPTORS: u64 = 1024;
 /// How long killed processes may take to be gone. Only waiting for a disk keeps one that long.
 const END_LIMIT: Duration = Duration::from_secs(30);
 /// How long file systems may take to be written back when nobody is left to wait for them.
@@ -48,6 +50,7 @@ fn run() -> Result<()> {
     // Out of the terminal's reach: Ctrl-C is for the session, which then ends us.
     let _ = setsid();
     set_child_subreaper(Some(getpid())).map_err(|e| Error::io("cannot look after guestfish", e.into()))?;
+    limit_descriptors();
     let mut requests = Requests::new().map_err(|e| Error::io("cannot catch signals", e))?;
     let (settings, writable) = loop {
         match requests.wait(None)? {
@@ -67,6 +70,16 @@ fn run() -> Result<()> {
     place.remove();
     drop(turn);
     Ok(())
+}
+
+/// Lowers the number of descriptors that guestfish may open, as far as it is unusually high: libguestfs closes each one that
+/// there could be in each program that it starts, which takes a second in all where there may be a million.
+fn limit_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current > DESCRIPTORS) {
+        // It is only slower otherwise.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(DESCRIPTORS), ..limit });
+    }
 }
 
 /// Starts guestfish, stays until the session or the server ends, and removes the server's socket.

@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -19,7 +19,7 @@ const SOCKET_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Starts guestfish. Its messages go to a file of the session, passphrases come from a named pipe.
 pub(super) fn start(settings: &Settings, place: &Place) -> Result<Server> {
-    let version = version(settings)?;
+    let asked = ask_version(settings)?;
     let doing = |what: &str| format!("cannot {what} in {}", place.dir.display());
     let create = |path| OpenOptions::new().create(true).append(true).mode(0o600).open(path);
     let messages = create(place.messages()).map_err(|e| Error::io(doing("write"), e))?;
@@ -47,6 +47,7 @@ pub(super) fn start(settings: &Settings, place: &Place) -> Result<Server> {
     })?;
     let process = ProcessId::of(pid).ok_or_else(|| Error::new(Kind::Start, "guestfish ended at once"))?;
     let socket = find_socket(process)?;
+    let version = version(settings, asked)?;
     Ok(Server { process, socket, version, place: place.clone() })
 }
 
@@ -70,10 +71,16 @@ pub(crate) fn server_pid(line: &str) -> Option<i32> {
     number.parse().ok().filter(|&pid| pid > 1)
 }
 
+/// Asks guestfish for its version, which takes as long as starting it to listen: both are done at the same time.
+fn ask_version(settings: &Settings) -> Result<Child> {
+    let mut command = Command::new(&settings.guestfish);
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().map_err(|e| not_installed(settings, e))
+}
+
 /// The version as hello has it, from `guestfish 1.48.6`.
-fn version(settings: &Settings) -> Result<String> {
-    let out = Command::new(&settings.guestfish).arg("--version").stdin(Stdio::null()).output();
-    let out = out.map_err(|e| not_installed(settings, e))?;
+fn version(settings: &Settings, asked: Child) -> Result<String> {
+    let out = asked.wait_with_output().map_err(|e| Error::io("cannot read guestfish's version", e))?;
     let text = String::from_utf8_lossy(&out.stdout);
     let version = text.trim().strip_prefix("guestfish ").filter(|_| out.status.success());
     version.filter(|version| version.len() <= 64).map(str::to_owned).ok_or_else(|| {
