@@ -51,7 +51,7 @@ fn assert_whole(dir: &Path) {
 #[test]
 fn a_full_disk_and_an_appliance_that_hangs() {
     let dir = scratch();
-    let Some(kept) = Kept::new(dir.path()) else { return };
+    let Some(kept) = Kept::plain(dir.path()) else { return };
     File::create(dir.path().join("big")).unwrap().set_len(100 << 20).unwrap();
     let _ = kept.run(&["session", "start", "-q", "-w", "disk.raw"]).ok();
     let session = kept.list()[0]["id"].clone();
@@ -80,7 +80,7 @@ fn a_full_disk_and_an_appliance_that_hangs() {
 #[test]
 fn a_program_that_is_killed_leaves_a_socket_for_the_next_one_to_remove() {
     let dir = scratch();
-    let Some(kept) = Kept::new(dir.path()) else { return };
+    let Some(kept) = Kept::plain(dir.path()) else { return };
     let running = kept.run(&["fs", "ls", "disk.raw", "/"]).spawn();
     wait_for("QEMU", Duration::from_secs(120), || {
         !kept.processes("appliance").is_empty() || !kept.processes("-kernel").is_empty()
@@ -94,7 +94,7 @@ fn a_program_that_is_killed_leaves_a_socket_for_the_next_one_to_remove() {
 #[test]
 fn an_image_that_another_process_writes_is_left_alone() {
     let dir = scratch();
-    let Some(kept) = Kept::new(dir.path()) else { return };
+    let Some(kept) = Kept::plain(dir.path()) else { return };
     if require_program("qemu-io").is_none() {
         return;
     }
@@ -134,7 +134,7 @@ fn an_image_that_another_process_writes_is_left_alone() {
 #[test]
 fn what_is_missing_is_named() {
     let dir = scratch();
-    let Some(kept) = Kept::new(dir.path()) else { return };
+    let Some(kept) = Kept::plain(dir.path()) else { return };
     let list = || kept.run(&["fs", "list", "disk.raw"]).env("XDG_CACHE_HOME", dir.path());
     explained(
         &list().env("PATH", "/nowhere").run(),
@@ -192,7 +192,7 @@ fn with_dev(dir: &Path, kvm: bool, words: &[&str]) -> Option<Cmd> {
 #[test]
 fn kvm_that_is_missing_or_hangs_is_not_used() {
     let dir = scratch();
-    let Some(kept) = Kept::new(dir.path()) else { return };
+    let Some(kept) = Kept::plain(dir.path()) else { return };
     let dir = dir.path();
     // A QEMU whose machines boot under emulation only, and that notes how libguestfs was told to start it.
     let script = "echo \"$LIBGUESTFS_BACKEND_SETTINGS\" >>told\ncase $2 in tcg) exit 85;; kvm) exec sleep 60;; esac\nexit 1";

@@ -46,7 +46,7 @@ fn a_debian_is_inspected_customised_and_grown() {
     if !debian(dir) {
         return;
     }
-    let found = fs.ok(&["inspect", "--apps", "--json", "debian.raw"]).json();
+    let found = fs.ok(&["inspect", "--keep", "--apps", "--json", "debian.raw"]).json();
     let system = &found[0]["operating-systems"][0];
     assert_eq!((&system["distro"], &system["hostname"]), (&"debian".into(), &"before".into()));
     assert_eq!((&system["major-version"], &system["package-format"]), (&12.into(), &"deb".into()));
@@ -71,6 +71,8 @@ fn a_debian_is_inspected_customised_and_grown() {
             && changed("/etc/motd").is_none()
     );
 
+    fs.stop();
+
     let ran = fs.cmd(&[
         "run",
         "--json",
@@ -80,12 +82,14 @@ fn a_debian_is_inspected_customised_and_grown() {
     ]);
     let ran = ran.fails(7).json();
     assert_eq!((&ran["stdout"], &ran["stderr"]), (&"after\n".into(), &"err\n".into()));
+    let grown = fs.ok(&["grow", "--keep", "--json", "changed.raw", "+100M"]).json();
+    assert_eq!(grown["size"], 800u64 << 20);
     let editor =
         fs.cmd(&["edit", "--json", "changed.raw", "/etc/motd"]).env("VISUAL", "sed -i 1iedited").ok();
     assert_eq!(editor.json()["changed"], true);
-
-    let grown = fs.ok(&["grow", "--json", "changed.raw", "+100M"]).json();
-    assert_eq!(grown["size"], 800u64 << 20);
+    let df = fs.ok(&["df", "--json", "changed.raw"]).json();
+    assert!(df[0]["filesystems"][0]["usage"]["size"].as_u64().unwrap() > 740 << 20, "{df}");
+    fs.stop();
 
     fs::create_dir(dir.join("mnt")).unwrap();
     let mounts = require_program("guestmount").is_some() && Path::new("/dev/fuse").exists();
@@ -107,6 +111,4 @@ fn a_debian_is_inspected_customised_and_grown() {
     let has = |path: &str| found.contains(&path);
     assert!(has("/etc/extra") && has("/etc/motd") && has("/etc/mounted") == mounts, "{found:?}");
     assert!(!has("/gone") && !has("/root/.bash_history"), "{found:?}");
-    let df = fs.ok(&["df", "--json", "changed.raw"]).json();
-    assert!(df[0]["filesystems"][0]["usage"]["size"].as_u64().unwrap() > 740 << 20, "{df}");
 }

@@ -96,26 +96,29 @@ fn a_registry_is_read_and_changed() {
     let utf16: Vec<u8> =
         [0xff, 0xfe].into_iter().chain(reg.encode_utf16().flat_map(u16::to_le_bytes)).collect();
     fs::write(dir.join("changes.reg"), utf16).unwrap();
-    let merged = fs.ok(&["registry", "merge", "--json", "windows.raw", "changes.reg"]).json();
+    // One session serves all that follows.
+    let _ = fs.program(&["convert", "-O", "vmdk", "windows.raw", "windows.vmdk"]).ok();
+    let merged = fs.ok(&["registry", "merge", "--keep", "--json", "windows.vmdk", "changes.reg"]).json();
     assert_eq!(merged["hive"], "/Windows/System32/config/SOFTWARE");
 
-    let refused = fs.cmd(&["registry", "get", "windows.raw", "HKLM\\SOFTWARE\\Gone"]).fails(1);
+    let refused = fs.cmd(&["registry", "get", "windows.vmdk", "HKLM\\SOFTWARE\\Gone"]).fails(1);
     refused.says(&["registry", "not found"]);
     let set = |key: &str, name: &str, data: &str| {
-        let _ = fs.ok(&["registry", "set", "windows.raw", key, name, data]);
+        let _ = fs.ok(&["registry", "set", "windows.vmdk", key, name, data]);
     };
     set("HKLM\\SOFTWARE\\A b\\ü\\Deep", "number", "qword:100000000");
     set("HKU\\bob\\Software\\New", "@", "expand:%x%\\ü");
 
-    let exported = fs.ok(&["registry", "export", "windows.raw", "hklm\\software\\a B"]).out();
+    let exported = fs.ok(&["registry", "export", "windows.vmdk", "hklm\\software\\a B"]).out();
     let want = "Windows Registry Editor Version 5.00\n\n[HKEY_LOCAL_MACHINE\\SOFTWARE\\A b]\n\n\
                 [HKEY_LOCAL_MACHINE\\SOFTWARE\\A b\\ü]\n\n[HKEY_LOCAL_MACHINE\\SOFTWARE\\A b\\ü\\Deep]\n\
                 @=\"default\"\n\"bytes\"=hex:00,ff,0a\n\"list\"=hex(7):61,00,00,00,62,00,00,00,00,00\n\
                 \"number\"=hex(b):00,00,00,00,01,00,00,00\n\"text\"=\"C:\\\\temp \\\"ü€\\\"\"\n\n";
     assert_eq!(exported, want);
-    let values = fs.ok(&["registry", "get", "--json", "windows.raw", "HKLM\\SOFTWARE\\A b\\ü\\Deep"]).json();
+    let values = fs.ok(&["registry", "get", "--json", "windows.vmdk", "HKLM\\SOFTWARE\\A b\\ü\\Deep"]).json();
     assert_eq!(values["values"]["list"], json!({ "type": "REG_MULTI_SZ", "data": ["a", "b"] }));
     assert_eq!(values["values"]["number"], json!({ "type": "REG_QWORD", "data": 1u64 << 32 }));
-    let value = fs.ok(&["registry", "get", "windows.raw", "/Users/bob/ntuser.dat!\\Software\\New", "@"]);
+    fs.stop();
+    let value = fs.ok(&["registry", "get", "windows.vmdk", "/Users/bob/ntuser.dat!\\Software\\New", "@"]);
     assert_eq!(value.out(), "expand:%x%\\ü\n");
 }
