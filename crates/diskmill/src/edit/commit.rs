@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use diskmill_format::Limits;
 
+use super::payload::PayloadReader;
 use super::{Preallocation, ZeroHow, follow_parent};
 use crate::convert::Monitor;
 use crate::error::{Error, Kind, Result};
@@ -103,6 +104,9 @@ impl Commit {
     /// Copies what the overlay has into the base, which grows if it is shorter, makes that durable, and then empties
     /// the overlay. After an error or a crash the overlay is whole.
     ///
+    /// Compressed clusters stay so where both have clusters of the same size and codecs of the same kind: they are
+    /// unpacked, which shows that they are good, and taken over as they are. (`qemu-img` writes them uncompressed.)
+    ///
     /// # Errors
     /// What reading and writing an image may give; `Cancelled` if `monitor` was cancelled. [`Kind::Denied`] if the base
     /// is raw only because it looks so, and would not any more.
@@ -159,13 +163,17 @@ fn copy(overlay: &Image, base: &Image, monitor: &Monitor) -> Result<()> {
     in_parallel(
         diskmill_io::cpus(),
         || next(overlay, &mut at, monitor),
-        || (overlay.reader(), Vec::new()),
+        || (PayloadReader::new(overlay, base.takes_payloads()), Vec::new()),
         |piece, (reader, buf)| {
             let len = match piece {
                 Piece::Data { at, len } => {
                     buf.resize(len as usize, 0);
-                    reader.read_at(buf, at)?;
-                    base.write_at(buf, at)?;
+                    let payloads = reader.read(buf, at)?;
+                    if payloads.get(at).is_some() {
+                        base.write_payloads(buf, at, payloads)?;
+                    } else {
+                        base.write_at(buf, at)?;
+                    }
                     len
                 }
                 Piece::Zeros { at, len } => {

@@ -23,6 +23,7 @@ mod bitmap;
 mod commit;
 mod disk;
 mod keys;
+mod payload;
 mod qcow2;
 mod ranges;
 mod raw;
@@ -40,6 +41,7 @@ pub(crate) use bitmap::add_to_fresh;
 pub use commit::{Commit, CommitOptions};
 pub(crate) use disk::Disk;
 pub use keys::KeySlotChange;
+pub(crate) use payload::Payloads;
 pub(crate) use qcow2::Qcow2Writer;
 pub(crate) use ranges::RangeGuard;
 pub(crate) use raw::RawWriter;
@@ -66,8 +68,8 @@ pub(crate) trait Writer: Send + Sync {
     /// Keeps others from moving the guest bytes of `range` while they are read.
     fn lock(&self, range: Range<u64>) -> RangeGuard<'_>;
     fn write(&self, image: &Image, buf: &[u8], at: u64) -> Result<()>;
-    /// Writes whole clusters packed.
-    fn write_packed(&self, _image: &Image, _buf: &[u8], _at: u64) -> Result<()> {
+    /// Writes whole clusters packed; those of `payloads` are so already.
+    fn write_packed(&self, _image: &Image, _buf: &[u8], _at: u64, _payloads: &Payloads) -> Result<()> {
         Err(Error::unsupported("compressed writes into an image of this format"))
     }
     fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()>;
@@ -116,10 +118,7 @@ impl Image {
     /// the last one); [`Kind::Unsupported`] for other formats, and for images that are encrypted or have an external
     /// data file.
     pub fn write_compressed(&self, buf: &[u8], at: u64) -> Result<()> {
-        match self.writer_for(at, buf.len() as u64)? {
-            Some((writer, _)) => self.named(writer.write_packed(self, buf, at)),
-            None => Ok(()),
-        }
+        self.write_payloads(buf, at, &Payloads::default())
     }
 
     /// Makes `len` guest bytes at `at` read as zeros.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use diskmill_codec::is_zero;
 
 use super::ZeroHow;
+use super::payload::PayloadReader;
 use crate::convert::Monitor;
 use crate::error::{Error, Result};
 use crate::image::{Depth, Image, ImageFile, OpenOptions, given, resolve};
@@ -103,7 +104,9 @@ impl Rebase {
         Ok(Self { image, files, path, given, options, mode, compress: false, backing: None, new: None })
     }
 
-    /// Has what is copied become compressed clusters, see [`Image::write_compressed`].
+    /// Has what is copied become compressed clusters, see [`Image::write_compressed`]. What is compressed already, in
+    /// clusters of the same size and by a codec of the same kind, is taken over as it is once it was unpacked and found
+    /// good.
     ///
     /// # Errors
     /// [`Kind::Unsupported`](crate::Kind::Unsupported) for an image that cannot have them.
@@ -173,14 +176,15 @@ impl Rebase {
             diskmill_io::cpus(),
             || self.next(&mut at, unit, monitor),
             || {
+                let fits = self.image.takes_payloads().filter(|_| self.compress);
                 let new = self.new.as_ref().map(|(image, _)| image.reader());
-                (self.image.reader(), new, [Vec::new(), Vec::new()])
+                (PayloadReader::new(&self.image, fits), new, [Vec::new(), Vec::new()])
             },
             |piece: Range<u64>, (old, new, bufs)| {
                 let len = (piece.end - piece.start) as usize;
                 bufs.iter_mut().for_each(|buf| buf.resize(len, 0));
                 let [was, is] = bufs;
-                old.read_at(was, piece.start)?;
+                let payloads = old.read(was, piece.start)?;
                 match new {
                     Some(new) => new.read_at(is, piece.start)?,
                     None => is.fill(0),
@@ -191,7 +195,7 @@ impl Rebase {
                     if zero && !zeros_need_data {
                         self.image.write_zeroes(guest, bytes.len() as u64, ZeroHow::MayUnmap)?;
                     } else if self.compress {
-                        self.image.write_compressed(bytes, guest)?;
+                        self.image.write_payloads(bytes, guest, payloads)?;
                     } else {
                         self.image.write_at(bytes, guest)?;
                     }

@@ -24,7 +24,7 @@ use diskmill_io::SharedStorage;
 
 use super::disk::Disk;
 use super::ranges::{RangeGuard, RangeLocks};
-use super::{Writer, ZeroHow};
+use super::{Payloads, Writer, ZeroHow};
 use crate::encrypted::LegacyAes;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -169,9 +169,9 @@ impl Writer for Arc<Qcow2Writer> {
         self.write_guest(image, buf, at)
     }
 
-    fn write_packed(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+    fn write_packed(&self, image: &Image, buf: &[u8], at: u64, payloads: &Payloads) -> Result<()> {
         self.recorder.record(&self.disk, &(at..at.saturating_add(buf.len() as u64)))?;
-        self.write_packed_guest(image, buf, at)
+        self.write_packed_guest(image, buf, at, payloads)
     }
 
     fn zero(&self, image: &Image, range: Range<u64>, how: ZeroHow) -> Result<()> {

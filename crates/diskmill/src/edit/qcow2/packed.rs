@@ -2,13 +2,14 @@
 
 use std::borrow::Cow;
 
-use diskmill_codec::Packer;
+use diskmill_codec::{Codec, Packer};
 use diskmill_format::HostOffset;
 use diskmill_format::qcow2::{Cluster, CompressedRef};
 
 use super::Qcow2Writer;
 use super::meta::Meta;
 use super::tables::Entry;
+use crate::edit::Payloads;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::qcow2::codec_of;
@@ -25,8 +26,22 @@ impl Qcow2Writer {
         }
     }
 
+    /// The codec and the size of packed clusters, where there can be any.
+    pub(crate) fn packs(&self) -> Option<(Codec, u64)> {
+        self.takes_packed().ok()?;
+        let meta = self.meta();
+        Some((codec_of(meta.area.header.compression), meta.cluster_size()))
+    }
+
     /// Writes whole clusters, the last of which the end of the disk may cut, packed; plain where that is not smaller.
-    pub(super) fn write_packed_guest(&self, image: &Image, buf: &[u8], at: u64) -> Result<()> {
+    /// `payloads` has those that need not be packed anew.
+    pub(super) fn write_packed_guest(
+        &self,
+        image: &Image,
+        buf: &[u8],
+        at: u64,
+        payloads: &Payloads,
+    ) -> Result<()> {
         self.takes_packed()?;
         let (size, codec) = {
             let meta = self.meta();
@@ -40,16 +55,26 @@ impl Qcow2Writer {
             )));
         }
         let failed = |error: diskmill_codec::Error| Error::invalid(error.to_string());
-        let mut packer = Packer::by_default(codec).map_err(failed)?;
+        let mut packer = None;
         // At most 2 MiB.
         let cluster = size as usize;
-        let mut room = vec![0; cluster.saturating_sub(1)];
         for (bytes, guest) in buf.chunks(cluster).zip((at..).step_by(cluster)) {
+            if let Some(payload) = payloads.get(guest) {
+                self.put_packed(guest, payload)?;
+                continue;
+            }
+            let (packer, room) = match &mut packer {
+                Some(made) => made,
+                none => {
+                    let made = Packer::by_default(codec).map_err(failed)?;
+                    none.insert((made, vec![0; cluster.saturating_sub(1)]))
+                }
+            };
             let mut whole = Cow::Borrowed(bytes);
             if bytes.len() < cluster {
                 whole.to_mut().resize(cluster, 0);
             }
-            match packer.pack(&whole, &mut room).map_err(failed)? {
+            match packer.pack(&whole, room).map_err(failed)? {
                 Some(len) => self.put_packed(guest, room.get(..len).unwrap_or_default())?,
                 None => self.write_guest(image, bytes, guest)?,
             }
