@@ -62,7 +62,7 @@ fn help_names_every_option() {
 
 #[test]
 fn wrong_usage_exits_with_2() {
-    let wrong: [&[&str]; 12] = [
+    let wrong: [&[&str]; 26] = [
         &[],
         &["no-such-verb"],
         &["convert"],
@@ -75,6 +75,21 @@ fn wrong_usage_exits_with_2() {
         &["info"],
         &["map", "--output", "xml", "a"],
         &["compare", "a"],
+        // Mistakes that the library finds, before it opens an image.
+        &["convert", "-O", "raw", "-c", "a", "b"],
+        &["convert", "--level", "3", "-O", "qcow2", "a", "b"],
+        &["convert", "--level", "3", "-O", "vmdk", "a", "b"],
+        &["convert", "-c", "--level", "13", "-O", "qcow2", "a", "b"],
+        &["convert", "--level", "13", "-O", "ova", "a", "b"],
+        &["convert", "-o", "foo=1", "-O", "qcow2", "a", "b"],
+        &["convert", "-o", "cluster_size=3k", "-O", "qcow2", "a", "b"],
+        &["convert", "--threads", "0", "a", "b"],
+        &["convert", "--memory", "0", "a", "b"],
+        &["convert", "--reflink=always", "-S", "0", "a", "b"],
+        &["convert", "--target-is-zero", "a", "b"],
+        &["create", "-f", "qcow2", "-o", "cluster_size=3k", "/gone/a", "1M"],
+        &["measure", "-O", "vmdk", "--size", "1M"],
+        &["amend", "-o", "refcount_bits=some", "a"],
     ];
     for args in wrong {
         let out = diskmill().cmd(args).run();
@@ -121,6 +136,10 @@ fn command_lines_of_qemu_img_without_a_link() {
     assert!(help.starts_with("qemu-img version "), "{help}");
     let wrong = diskmill().cmd(["qemu-img", "frobnicate"]).fails(1).err();
     assert!(wrong.starts_with("qemu-img: Command not found: frobnicate"), "{wrong}");
+    // Its only code for mistakes is 1.
+    for option in ["foo=1", "cluster_size=3k", "compat=0.10,lazy_refcounts=on"] {
+        diskmill().cmd(["qemu-img", "convert", "-O", "qcow2", "-o", option, "a", "b"]).fails(1);
+    }
 }
 
 #[test]

@@ -153,7 +153,7 @@ fn the_options_decide() {
         assert_eq!(cloned(&["--direct"]), (true, hole));
         let always = |more: &[&str]| {
             let cmd = diskmill().cmd(["convert", "--reflink=always", "-f", "raw", "-O", "qcow2"]);
-            cmd.args(more).args(["in.raw", "other"]).dir(dir).fails(1)
+            cmd.args(more).args(["in.raw", "other"]).dir(dir).fails(2)
         };
         always(&["-c"]).says(&["reflink=always", "compression"]);
         always(&["-S", "0"]).says(&["reflink=always", "sparse size"]);

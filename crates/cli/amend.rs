@@ -65,7 +65,7 @@ pub(crate) struct AmendArgs {
 pub(crate) fn run(args: &AmendArgs) -> Result<Exit, Failure> {
     let mut changes = Amendment::default();
     for (name, value) in args.options.iter().flat_map(|list| split(list)) {
-        changes.set(&name, value.as_deref().unwrap_or("on"))?;
+        changes.set(&name, value.as_deref().unwrap_or("on")).map_err(Failure::of_request)?;
     }
     let options = OpenOptions { writable: true, ..args.open.options(args.format) };
     if args.new_key_file.is_some() || args.erase_key_file.is_some() {

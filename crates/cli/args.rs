@@ -46,7 +46,7 @@ pub(crate) struct ConvertArgs {
     pub(crate) compress: bool,
 
     /// Level of the compression: 1 to 12 for zlib, -7 to 22 for zstd [default: fastest that is as small as qemu-img's]
-    #[arg(long, value_name = "N", requires = "compress", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) level: Option<i32>,
 
     #[command(flatten)]

@@ -46,12 +46,13 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
         return Err(Failure::usage(format!("Cannot enable copy offloading when {other} is used")));
     }
     let convert = convert_options(args)?;
-    warn_of_name(args, target);
     let output = if to_stdout {
         Output::Stream(PipeWriter::stdout().map_err(|error| stream_failure("output", &error))?)
     } else {
         Output::Path(target.clone())
     };
+    convert.check(&output).map_err(Failure::of_request)?;
+    warn_of_name(args, target);
     let mut images = Vec::new();
     let input = if from_stdin {
         check_stdin(args, sources)?;
@@ -135,10 +136,10 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
         options::apply(&mut format, list)?;
     }
     if let Some(backing) = &args.backing {
-        format.set("backing_file", backing)?;
+        format.set("backing_file", backing).map_err(Failure::of_request)?;
     }
     if let Some(backing_format) = args.backing_format {
-        format.set("backing_fmt", backing_format.name())?;
+        format.set("backing_fmt", backing_format.name()).map_err(Failure::of_request)?;
     }
     if let TargetFormat::Qcow2(qcow2) = &mut format
         && let Some(encryption) = &mut qcow2.encryption
@@ -156,9 +157,15 @@ fn convert_options(args: &ConvertArgs) -> Result<ConvertOptions, Failure> {
     } else if args.target_key_file.is_some() && !args.no_create {
         return Err(Failure::usage("--target-key-file needs -o encrypt.format=luks"));
     }
+    let compress = args.compress || (args.level.is_some() && format.always_packs());
+    if args.level.is_some() && !compress {
+        return Err(Failure::usage(
+            "--level is for compressed targets: add -c (qcow2), -o subformat=streamOptimized (vmdk) or -O ova",
+        ));
+    }
     Ok(ConvertOptions {
         format,
-        compress: args.compress.then_some(Compression { level: args.level }),
+        compress: compress.then_some(Compression { level: args.level }),
         sparse_size: args.sparse_size.unwrap_or(ConvertOptions::default().sparse_size),
         create: !args.no_create,
         target_is_zero: args.target_is_zero,

@@ -80,8 +80,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
     for (name, value) in args.options.iter().flat_map(|list| split(list)) {
         let value = value.as_deref().unwrap_or("on");
         match name.as_str() {
-            "size" => size = Some(parse_size(value)?),
-            name => format.set(name, value)?,
+            "size" => size = Some(parse_size(value).map_err(Failure::of_request)?),
+            name => format.set(name, value).map_err(Failure::of_request)?,
         }
     }
     if let Some(backing) = &args.backing {
@@ -97,7 +97,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
         return Err(Failure::failed(format!("{file:?} exists: --force replaces it")));
     }
     let name = format.name();
-    create(file, &CreateOptions { format, size, trust_backing: args.backing_unsafe })?;
+    create(file, &CreateOptions { format, size, trust_backing: args.backing_unsafe })
+        .map_err(Failure::of_request)?;
     if !args.quiet {
         writeln!(io::stdout(), "{name}, {} ({size} bytes)", human_size(size))?;
     }

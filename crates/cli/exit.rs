@@ -3,7 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
-use diskmill::Error;
+use diskmill::{Error, Kind};
 use signal_hook::consts::SIGPIPE;
 
 /// What the exit code tells.
@@ -75,6 +75,14 @@ impl Failure {
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self { exit: Exit::Usage, message: Some(message.into()), hint: None }
+    }
+
+    /// Of a request that no image could fulfil is a mistake in the command line; of an image, as [`From`] has it.
+    pub(crate) fn of_request(error: Error) -> Self {
+        match error.kind() {
+            Kind::Invalid | Kind::Unsupported if error.path().is_none() => Self::usage(error.to_string()),
+            _ => error.into(),
+        }
     }
 
     /// Ended by `signal`.

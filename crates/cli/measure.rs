@@ -67,7 +67,7 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Exit, Failure> {
         None => None,
     };
     let disk = image.as_ref().map_or(Disk::Empty(args.size.unwrap_or_default()), Disk::Of);
-    let measured = measure(disk, &format)?;
+    let measured = measure(disk, &format).map_err(Failure::of_request)?;
     let text = match args.output {
         OutputForm::Json => as_json(&measured),
         OutputForm::Human => lines(&measured, |bytes| format!("{} ({bytes} bytes)", human_size(bytes))),

@@ -29,7 +29,7 @@ pub(crate) fn split(list: &str) -> Vec<(String, Option<String>)> {
 pub(crate) fn apply(format: &mut TargetFormat, list: &str) -> Result<(), Failure> {
     for (name, value) in split(list) {
         // QEMU takes a bare name for a switch that is on.
-        format.set(&name, value.as_deref().unwrap_or("on"))?;
+        format.set(&name, value.as_deref().unwrap_or("on")).map_err(Failure::of_request)?;
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ use std::sync::Arc;
 use diskmill::convert::Monitor;
 
 use crate::args::{CacheMode, OutputForm, ProgressArgs};
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use crate::progress::Progress;
 use crate::signals::Watch;
 use getopt::Args;
@@ -71,7 +71,9 @@ impl Fail {
 
 impl From<Failure> for Fail {
     fn from(failure: Failure) -> Self {
-        Self { code: failure.exit.code(), message: failure.message }
+        // qemu-img has no code of its own for mistakes in the command line.
+        let exit = if failure.exit == Exit::Usage { Exit::Failed } else { failure.exit };
+        Self { code: exit.code(), message: failure.message }
     }
 }
 

@@ -146,7 +146,7 @@ pub fn convert<'a>(
         Input::Stream(_) => None,
         Input::VmdkStream(stream) => Some(stream.size()),
     };
-    options.check(&output)?;
+    options.settle(&output)?;
     if let TargetFormat::Qcow2(qcow2) = &mut options.format
         && options.compress.is_some_and(|compression| compression.level.is_none())
         && options.create

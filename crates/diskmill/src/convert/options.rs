@@ -96,6 +96,16 @@ impl TargetFormat {
         }
     }
 
+    /// Whether the units of an image of this format are packed even where nobody asks for it.
+    #[must_use]
+    pub fn always_packs(&self) -> bool {
+        match self {
+            Self::Raw(_) | Self::Qcow2(_) => false,
+            Self::Vmdk(options) => options.subformat == Subformat::StreamOptimized,
+            Self::Ova(_) => true,
+        }
+    }
+
     /// Whether an image of this format is more than its guest's bytes.
     pub(super) const fn has_tables(&self) -> bool {
         !matches!(self, Self::Raw(_))
@@ -214,8 +224,18 @@ impl Default for ConvertOptions {
 }
 
 impl ConvertOptions {
-    /// Checks the options against each other, before anything is opened.
-    pub(super) fn check(&mut self, output: &Output) -> Result<()> {
+    /// Checks the options against each other and against the kind of output, as [`convert`](super::convert) does before
+    /// it opens anything: what is wrong here is wrong for all images.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`](crate::Kind::Invalid) for values that are out of range or exclude each other,
+    /// [`Kind::Unsupported`](crate::Kind::Unsupported) for what no output of this kind can have.
+    pub fn check(&self, output: &Output) -> Result<()> {
+        self.clone().settle(output)
+    }
+
+    /// Checks them, and sets what follows from others.
+    pub(super) fn settle(&mut self, output: &Output) -> Result<()> {
         let compress = self.compress.is_some();
         match &mut self.format {
             TargetFormat::Raw(_) if compress => {
@@ -247,6 +267,10 @@ impl ConvertOptions {
         if self.threads == Some(0) {
             return Err(Error::invalid("0 threads"));
         }
+        if self.memory == 0 {
+            return Err(Error::invalid("0 bytes of memory"));
+        }
+        self.must_look(compress || self.format.always_packs())?;
         Ok(())
     }
 
@@ -271,19 +295,27 @@ impl ConvertOptions {
         matches!(&self.format, TargetFormat::Qcow2(Qcow2Options { encryption: Some(_), .. }))
     }
 
-    /// What stands against moving plain data without looking at it.
-    pub(super) fn must_look(&self) -> Option<&'static str> {
+    /// Whether something stands against moving plain data without looking at it, which is an error where that is
+    /// asked for. `packs`: the output is packed.
+    pub(super) fn must_look(&self, packs: bool) -> Result<bool> {
         let preallocation = match &self.format {
             TargetFormat::Raw(options) => options.preallocation,
             TargetFormat::Qcow2(options) => options.preallocation,
             TargetFormat::Vmdk(_) | TargetFormat::Ova(_) => Preallocation::Off,
         };
-        match preallocation {
+        let against = match preallocation {
+            _ if packs => Some("compression"),
             Preallocation::Falloc | Preallocation::Full => Some("preallocation"),
             _ if self.granule() == 0 => Some("a sparse size of 0"),
             _ if self.salvage => Some("salvage"),
             _ if self.encrypts() => Some("encryption"),
             _ => None,
+        };
+        match against {
+            Some(against) if self.reflink == Reflink::Always => {
+                Err(Error::invalid(format!("reflink=always and {against} exclude each other")))
+            }
+            against => Ok(against.is_some()),
         }
     }
 

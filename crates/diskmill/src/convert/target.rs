@@ -276,13 +276,11 @@ impl Target {
         packs: bool,
     ) -> Result<Offload> {
         let always = options.reflink == Reflink::Always;
-        let against = if packs { Some("compression") } else { options.must_look() };
-        match (&self.main, against) {
-            (_, Some(against)) if always => {
-                Err(Error::invalid(format!("reflink=always and {against} exclude each other")))
-            }
-            (_, Some(_)) => Ok(Offload::default()),
-            (Main::Pending(main, _), None) if !sources.is_empty() => {
+        if options.must_look(packs)? {
+            return Ok(Offload::default());
+        }
+        match &self.main {
+            Main::Pending(main, _) if !sources.is_empty() => {
                 // Where there are other files, the guest's data is in these; all lie in one folder.
                 let file = self.others.first().map_or(main, |(storage, _)| storage);
                 Offload::probe(sources, file, options)
