@@ -121,6 +121,8 @@ pub(crate) struct Connection {
     socket: UnixStream,
     /// `None` once somebody downstream had enough: the server's next write fails then.
     output: Option<PipeReader>,
+    /// Whether the server has answered: hello has no answer of its own, and a server that does not take it closes.
+    answered: bool,
 }
 
 impl Connection {
@@ -155,7 +157,7 @@ impl Connection {
         drop(theirs);
         socket.write_all(&wire::hello(version)?).map_err(lost)?;
         socket.set_nonblocking(true).map_err(lost)?;
-        Ok(Self { socket, output: Some(output) })
+        Ok(Self { socket, output: Some(output), answered: false })
     }
 
     /// Whether it can take another call.
@@ -166,9 +168,25 @@ impl Connection {
     /// Sends one call and waits for its status; all output has gone into `sink` by then.
     ///
     /// # Errors
-    /// `Died` when the server closes the connection, `Timeout`, `Cancelled`; `Io` when `sink` or the input's source
-    /// fails (the call is over then too).
+    /// `Died` when the server closes the connection, `Version` when it does so before its first answer, `Timeout`,
+    /// `Cancelled`; `Io` when `sink` or the input's source fails (the call is over then too).
     pub(crate) fn call(
+        &mut self,
+        request: &[u8],
+        input: Option<&mut Input<'_>>,
+        sink: &mut Sink<'_>,
+        patience: &mut Patience<'_>,
+    ) -> Result<Status> {
+        let status = self.exchange(request, input, sink, patience);
+        match status {
+            Err(error) if error.kind() == Kind::Died && !self.answered => {
+                Err(Error::new(Kind::Version, error.message()))
+            }
+            status => status,
+        }
+    }
+
+    fn exchange(
         &mut self,
         request: &[u8],
         mut input: Option<&mut Input<'_>>,
@@ -202,6 +220,7 @@ impl Connection {
                 moved |= self.drain(&mut buffer, sink, &mut sink_failed, done.is_some());
             }
             if let Some(status) = done {
+                self.answered = true;
                 if let Some(error) = sink_failed {
                     return Err(Error::io("cannot pass on what comes out of the image", error));
                 }

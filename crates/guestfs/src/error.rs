@@ -12,7 +12,7 @@ pub enum Kind {
     Start,
     /// There is no kernel for the appliance, or none that may be read.
     NoKernel,
-    /// guestfish speaks another version of the remote protocol.
+    /// guestfish's server does not take the version that `guestfish --version` tells. The session is over.
     Version,
     /// No answer, and no sign of life, within the time limit. The session is over.
     Timeout,

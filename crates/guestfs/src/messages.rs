@@ -162,6 +162,23 @@ pub(crate) fn diagnose(command: &str, said: &str) -> Error {
     Error::new(kind, format!("{command}: {reason}"))
 }
 
+/// The error of a server that does not take hello with the version `ours`, from what it said.
+pub(crate) fn refused_version(ours: &str, said: &str) -> Error {
+    // "version mismatch, server version ‘1.48.6’ does not match client version ‘1.48.5’"
+    let theirs =
+        said.split_once("server version ").map(|(_, rest)| rest.trim_start_matches(['‘', '\'', '"']));
+    let theirs = theirs.and_then(|rest| rest.split(|c: char| !c.is_ascii_digit() && c != '.').next());
+    let theirs = theirs.filter(|version| !version.is_empty()).unwrap_or("another version");
+    Error::new(
+        Kind::Version,
+        format!("guestfish listens as {theirs} and refuses {ours}, which `guestfish --version` tells"),
+    )
+    .hint(
+        "if it was upgraded just now, try again; else `diskmill doctor guestfish` shows which one runs: leave one \
+         libguestfs on PATH, without a wrapper",
+    )
+}
+
 fn start_failed(said: &str, reason: &str) -> Error {
     if has(
         said,
@@ -230,6 +247,16 @@ mod tests {
         assert_eq!(diagnose("cat", "").to_string(), "cat: guestfish gives no reason");
         let error = diagnose("write", "libguestfs: error: write: /f: No space left on device");
         assert_eq!(error.kind(), Kind::NoSpace);
+    }
+
+    #[test]
+    fn a_version_that_is_refused_is_named_beside_the_other() {
+        let said = "guestfish: protocol error: version mismatch, server version ‘1.48.6’ does not match client version \
+                    ‘1.48.5’.  The two versions must match exactly.";
+        let error = refused_version("1.48.5", said);
+        assert_eq!(error.kind(), Kind::Version);
+        assert!(error.message().contains("as 1.48.6 and refuses 1.48.5"), "{error}");
+        assert!(refused_version("1", "").message().contains("as another version and refuses 1"));
     }
 
     #[test]

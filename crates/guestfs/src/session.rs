@@ -7,7 +7,7 @@ use crate::connection::{Connection, Input, Patience, Sink};
 use crate::keeper::message::{Reply, Request, Server};
 use crate::kept::{Keep, Kept, KeptDisk, Turn};
 use crate::keys::Keys;
-use crate::messages::{Messages, diagnose};
+use crate::messages::{Messages, diagnose, refused_version};
 use crate::process::{ProcessId, children_of};
 use crate::watchdog::Keeper;
 use crate::wire::{self, Status};
@@ -19,6 +19,8 @@ pub const MAX_OUTPUT: usize = 256 << 20;
 const READ_CHUNK: usize = 2 << 20;
 /// How long we wait for another program that uses a kept session.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// How long a killed process may be seen after it has closed its sockets.
+const DEATH: Duration = Duration::from_millis(200);
 /// The name of the event handler that hears what QEMU and the appliance say while it starts.
 const CONSOLE: &str = "diskmill-console";
 /// How long the keeper may take to write down what it keeps.
@@ -361,6 +363,14 @@ impl Session {
             Ok(Status::Failed) => {
                 let said = format!("{said}\n{}", self.messages.console());
                 Err(self.lost(diagnose(command.name(), &said)))
+            }
+            Err(e) if e.kind() == Kind::Version => {
+                // A server that is killed closes, too, a moment before it is gone.
+                let error = match self.server.process.wait_gone(DEATH) {
+                    true => Error::new(Kind::Died, e.message()).of(command.name()),
+                    false => refused_version(&self.server.version, &said),
+                };
+                Err(self.lost(error))
             }
             Err(e) => Err(self.lost(e.of(command.name()))),
         }

@@ -222,3 +222,22 @@ fn what_is_missing_is_named() {
     cancelling.join().unwrap();
     assert_eq!(error.kind(), Kind::Cancelled, "{error}");
 }
+
+#[test]
+fn a_guestfish_that_listens_as_another_version() {
+    let Some(mut options) = options() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let wrapper = dir.path().join("guestfish");
+    let script =
+        "#!/bin/sh\ncase $1 in --version) echo guestfish 9.9.9 ;; *) exec guestfish \"$@\" ;; esac\n";
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
+    options.settings.guestfish = wrapper;
+    let error = Session::open(&[Disk::file(empty_disk(dir.path()), "raw")], options).unwrap_err();
+    assert_eq!(error.kind(), Kind::Version, "{error}");
+    let text = error.to_string();
+    let own = Program::new("guestfish").arg("--version").output().unwrap().stdout;
+    let own = String::from_utf8(own).unwrap();
+    let own = own.trim().trim_start_matches("guestfish ");
+    assert!(["9.9.9", own, "doctor guestfish"].iter().all(|word| text.contains(word)), "{text}");
+}

@@ -78,16 +78,24 @@ fn ask_version(settings: &Settings) -> Result<Child> {
     command.spawn().map_err(|e| not_installed(settings, e))
 }
 
-/// The version as hello has it, from `guestfish 1.48.6`.
+/// The version of the guestfish that is there, as hello has it.
 fn version(settings: &Settings, asked: Child) -> Result<String> {
     let out = asked.wait_with_output().map_err(|e| Error::io("cannot read guestfish's version", e))?;
     let text = String::from_utf8_lossy(&out.stdout);
-    let version = text.trim().strip_prefix("guestfish ").filter(|_| out.status.success());
-    version.filter(|version| version.len() <= 64).map(str::to_owned).ok_or_else(|| {
+    let version = hello_version(&text).filter(|_| out.status.success());
+    version.map(str::to_owned).ok_or_else(|| {
         let said = format!("{}{}", text.trim(), String::from_utf8_lossy(&out.stderr).trim());
         let name = settings.guestfish.display();
         Error::new(Kind::NotInstalled, format!("{name} --version says \"{}\"", said.escape_debug()))
     })
+}
+
+/// `1.48.6` from `guestfish 1.48.6`, and `1.50.1` from `guestfish 1.50.1rhel=9,release=8.el9_4,libvirt`: what a
+/// distribution adds to the version is not part of hello.
+fn hello_version(said: &str) -> Option<&str> {
+    let version = said.trim().strip_prefix("guestfish ")?;
+    let end = version.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(version.len());
+    version.get(..end).filter(|version| (1..=64).contains(&version.len()))
 }
 
 fn not_installed(settings: &Settings, error: std::io::Error) -> Error {
@@ -130,6 +138,19 @@ pub(crate) fn socket_in(dir: &Path, pid: i32) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_version_is_three_numbers_whatever_a_distribution_adds() {
+        for (said, version) in [
+            ("guestfish 1.48.6\n", Some("1.48.6")),
+            ("guestfish 1.50.1rhel=9,release=8.el9_4,libvirt\n", Some("1.50.1")),
+            ("guestfish \n", None),
+            ("guestfish version\n", None),
+            ("bash 5.2\n", None),
+        ] {
+            assert_eq!(hello_version(said), version, "{said}");
+        }
+    }
 
     #[test]
     fn the_number_of_the_server() {
