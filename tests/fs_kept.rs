@@ -120,9 +120,9 @@ fn a_session_that_writes_is_alone() {
         Cmd::new("debugfs").args(["-R", "cat /etc/new", "disk.raw?offset=1048576"]).dir(&kept.dir).ok().out()
     };
     assert_eq!(stored(), "two");
-    kept.run(&["fs", "sparsify", "-q", "--in-place", "disk.raw"])
-        .fails(1)
-        .says(&[&format!("session stop {id}")]);
+    kept.run(&["fs", "sysprep", "-q", "disk.raw"]).fails(1).says(&[&format!("session stop {id}")]);
+    let trimmed = kept.run(&["fs", "sparsify", "--json", "--in-place", "disk.raw"]).ok().json();
+    assert_eq!(trimmed["trimmed"][0], "/dev/sda1");
     kept.run(&["fs", "cat", "-f", "qcow2", "disk.raw", "/etc/new"]).fails(1).says(&["as raw"]);
     kept.run(&["session", "stop", "none"]).fails(1).says(&["no session none"]);
     let _ = put("three").ok();

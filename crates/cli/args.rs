@@ -326,7 +326,7 @@ impl ProgressArgs {
 }
 
 /// How to open images.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct OpenArgs {
     /// Read images that another process may be writing to
     #[arg(short = 'U', long)]

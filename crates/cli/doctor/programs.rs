@@ -8,11 +8,10 @@ use super::Machine;
 use super::report::{Check, Topic};
 
 /// Programs of libguestfs that single commands need: program, Debian's package, command.
-const TOOLS: [(&str, &str, &str); 5] = [
+const TOOLS: [(&str, &str, &str); 4] = [
     ("guestmount", "guestmount", "fs mount"),
     ("virt-customize", "guestfs-tools", "fs customize"),
     ("virt-sysprep", "guestfs-tools", "fs sysprep"),
-    ("virt-sparsify", "guestfs-tools", "fs sparsify"),
     ("hivexregedit", "libwin-hivex-perl", "fs registry export"),
 ];
 

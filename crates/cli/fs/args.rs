@@ -100,7 +100,7 @@ pub(crate) enum Verb {
 }
 
 /// How to open an image and its session.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct ImageArgs {
     /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]

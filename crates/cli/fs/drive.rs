@@ -90,19 +90,8 @@ impl Drive {
         Self::by_server(ImageExport::new(Image::open(file, &args.open.options(format))?))
     }
 
-    /// The same for a file that is written by a tool, in this format.
-    pub(crate) fn for_writing(open: &OpenArgs, format: Option<Format>, file: &Path) -> Result<Self, Failure> {
-        make_way(file, false)?;
-        Self::direct(Image::open(file, &open.options(format))?, file)
-    }
-
     fn direct(image: Image, file: &Path) -> Result<Self, Failure> {
         let format = image.info().format.name();
-        if !qemu_writes(&image) {
-            return Err(Failure::failed(format!(
-                "writing to such a {format} image with this command is not supported: convert {file:?} to qcow2 or raw first"
-            )));
-        }
         // Reading it ourselves, we would be in the way.
         drop(image);
         let server = Server::None { _custody: Custody::take(file)? };

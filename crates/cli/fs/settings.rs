@@ -14,7 +14,7 @@ use crate::exit::Failure;
 /// How long a kept session waits for the next command.
 const IDLE: Duration = Duration::from_secs(15 * 60);
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Appliance")]
 pub(crate) struct SettingsArgs {
     /// Memory of the appliance in MiB

@@ -1,20 +1,28 @@
 //! `sparsify`: blocks that no file system uses go back to the host.
 
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use diskmill::convert::{ConvertOptions, Monitor, TargetFormat};
 use diskmill::{Format, Image};
+use diskmill_guestfs::Command;
 use serde_json::json;
 
 use super::args::ImageArgs;
 use super::copy::host_failure;
-use super::drive::Drive;
-use super::external::Tool;
+use super::guest::{Access, Guest};
 use super::output::print_json;
+use super::reply::{pairs, texts};
 use crate::exit::{Exit, Failure};
+use crate::names;
 use crate::size::human_size;
+
+/// Bytes of a swap area that are kept: its header takes a page, and Linux has none larger.
+const SWAP_HEADER: u64 = 64 << 10;
+/// The logical volume that takes what is free in its group.
+const UNUSED: &str = "diskmill-unused";
 
 #[derive(Debug, Args)]
 pub(crate) struct SparsifyArgs {
@@ -39,21 +47,15 @@ pub(crate) struct SparsifyArgs {
 }
 
 pub(crate) fn sparsify(args: &SparsifyArgs) -> Result<Exit, Failure> {
-    if args.image.keep {
-        return Err(Failure::usage(
-            "--keep is not supported by sparsify: virt-sparsify has an appliance of its own",
-        ));
-    }
     let before = allocated(&args.file)?;
-    let after = match &args.target {
-        None => {
-            in_place(args, &args.file, args.image.format)?;
-            allocated(&args.file)?
-        }
+    let (trimmed, after) = match &args.target {
+        None => (trim(&args.image, &args.file)?, allocated(&args.file)?),
         Some(target) => copy(args, target)?,
     };
     if args.image.json {
-        return print_json(&json!({ "allocated-before": before, "allocated": after }));
+        return print_json(
+            &json!({ "allocated-before": before, "allocated": after, "trimmed": trimmed.as_slice() }),
+        );
     }
     if !args.image.quiet {
         eprintln!("diskmill: {} before, {} now", human_size(before), human_size(after));
@@ -67,43 +69,97 @@ fn allocated(file: &Path) -> Result<u64, Failure> {
     Ok(meta.blocks().saturating_mul(512))
 }
 
-/// virt-sparsify trims the file systems, and QEMU gives the blocks back.
-fn in_place(args: &SparsifyArgs, file: &Path, format: Option<Format>) -> Result<(), Failure> {
-    let drive = Drive::for_writing(&args.image.open, format, file)?;
-    let mut tool = Tool::new("virt-sparsify", &args.image.settings)?;
-    tool.arg("--in-place").arg(drive.format_argument()).keys(&args.image.key)?;
-    if args.image.quiet || args.image.json {
-        tool.arg("--quiet");
-        tool.process().stdout(std::process::Stdio::null());
+/// Discards what file systems, swap areas and volume groups do not use, and tells of which. What takes no discards, such as
+/// what is encrypted inside the image, stays as it is.
+fn trim(args: &ImageArgs, file: &Path) -> Result<Vec<String>, Failure> {
+    let mut guest = Guest::unmounted(args, file, Access::Write)?;
+    let mut trimmed = Vec::new();
+    for (device, content) in pairs(&guest.call(Command::new("list-filesystems"))?) {
+        let done = match content.as_str() {
+            "unknown" | "crypto_LUKS" | "LVM2_member" => continue,
+            _ if device.starts_with("btrfsvol:") => continue,
+            "swap" => trim_swap(&mut guest, &device)?,
+            _ => trim_filesystem(&mut guest, &device)?,
+        };
+        if done {
+            trimmed.push(device);
+        } else {
+            let (device, content) = (names::shown(&device), names::shown(&content));
+            guest.remark(&format!("{device} ({content}) is left as it is: it takes no discards"));
+        }
     }
-    tool.arg("--").arg(std::path::absolute(file).map_err(|error| host_failure(file, &error))?);
-    tool.run_well()
+    for group in texts(&guest.call(Command::new("vgs"))?) {
+        if trim_group(&mut guest, &group)? {
+            trimmed.push(group);
+        }
+    }
+    guest.finish()?;
+    Ok(trimmed)
 }
 
-/// Copies by our own engine, which leaves zeros out, then sparsifies the copy, which gets its name when it is done.
-fn copy(args: &SparsifyArgs, target: &Path) -> Result<u64, Failure> {
+fn trim_filesystem(guest: &mut Guest, device: &str) -> Result<bool, Failure> {
+    if guest.try_call(Command::new("mount").arg(device).arg("/"))?.is_none() {
+        return Ok(false);
+    }
+    let done = guest.try_call(Command::new("fstrim").arg("/"))?.is_some();
+    guest.call(Command::new("umount-all"))?;
+    Ok(done)
+}
+
+/// Discards all of a swap area but its header, with the label and the UUID that fstab may name.
+fn trim_swap(guest: &mut Guest, device: &str) -> Result<bool, Failure> {
+    let mut header = Vec::new();
+    let read = Command::new("download-offset").arg(device).output().arg("0").arg(SWAP_HEADER.to_string());
+    guest.send(&read, None, &mut header)?;
+    let done = guest.try_call(Command::new("blkdiscard").arg(device))?.is_some();
+    let write = Command::new("upload-offset").input().arg(device).arg("0");
+    guest.send(&write, Some(&mut header.as_slice()), &mut io::sink())?;
+    Ok(done)
+}
+
+/// Discards what no logical volume of the group has, through one that takes all of it for a moment.
+fn trim_group(guest: &mut Guest, group: &str) -> Result<bool, Failure> {
+    let volume = format!("/dev/{group}/{UNUSED}");
+    if texts(&guest.call(Command::new("lvs"))?).contains(&volume) {
+        // A run that was killed has left it.
+        guest.call(Command::new("lvremove").arg(&volume))?;
+    }
+    if guest.try_call(Command::new("lvcreate-free").arg(UNUSED).arg(group).arg("100"))?.is_none() {
+        // Nothing is free.
+        return Ok(false);
+    }
+    let done = guest.try_call(Command::new("blkdiscard").arg(&volume))?.is_some();
+    guest.call(Command::new("lvremove").arg(&volume))?;
+    Ok(done)
+}
+
+/// Copies by our own engine, which leaves zeros out, then trims the copy, which gets its name when it is done.
+fn copy(args: &SparsifyArgs, target: &Path) -> Result<(Vec<String>, u64), Failure> {
+    if args.image.keep {
+        return Err(Failure::usage(
+            "--keep is not supported with a TARGET, which is new: only with --in-place",
+        ));
+    }
     let source = Image::open(&args.file, &args.image.open.options(args.image.format))?;
-    let format = match &args.target_format {
+    let name = match &args.target_format {
         Some(format) => format.clone(),
         None => source.info().format.name().to_owned(),
     };
-    let target_format = TargetFormat::named(&format).map_err(|error| Failure::usage(error.to_string()))?;
-    let read_as = match format.as_str() {
-        "raw" => Format::Raw,
-        "qcow2" => Format::Qcow2,
-        other => {
-            return Err(Failure::failed(format!(
-                "sparsifying into {other} is not supported: use -O raw or -O qcow2"
-            )));
-        }
+    let target_format = TargetFormat::named(&name).map_err(|error| Failure::usage(error.to_string()))?;
+    let format = name.parse().ok().filter(|format| *format != Format::Ova);
+    let Some(format) = format else {
+        return Err(Failure::failed(format!(
+            "sparsifying into {name} is not supported: use -O raw, -O qcow2 or -O vmdk"
+        )));
     };
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let work = tempfile::Builder::new().prefix(".diskmill-").tempdir_in(folder);
     let work = work.map_err(|error| host_failure(folder, &error))?;
-    let fresh = work.path().join("copy");
+    // A VMDK names itself.
+    let fresh = work.path().join(target.file_name().unwrap_or("copy".as_ref()));
     let options = ConvertOptions { format: target_format, ..ConvertOptions::default() };
     diskmill::convert::convert(&[source], fresh.clone().into(), &options, &Monitor::new())?;
-    in_place(args, &fresh, Some(read_as))?;
+    let trimmed = trim(&ImageArgs { format: Some(format), ..args.image.clone() }, &fresh)?;
     std::fs::rename(&fresh, target).map_err(|error| host_failure(target, &error))?;
-    allocated(target)
+    Ok((trimmed, allocated(target)?))
 }

@@ -8,6 +8,7 @@
 )]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -139,5 +140,28 @@ fn a_locked_image_shows_what_it_is_but_no_data() {
         drop(image);
         let error = Image::open(&path, &OpenOptions { writable: true, ..locked }).err().unwrap();
         assert_eq!(error.kind(), Kind::Invalid);
+    }
+}
+
+#[test]
+fn what_is_discarded_takes_no_space() {
+    let dir = scratch();
+    for format in ["luks", "aes"] {
+        let path = dir.path().join(format);
+        encrypted(&path, &[("encrypt.format", format)]);
+        let blocks = || fs::metadata(&path).unwrap().blocks() * 512;
+        let empty = blocks();
+        let image = Image::open(&path, &options()).unwrap();
+        image.write_at(&vec![1; usize::try_from(SIZE).unwrap()], 0).unwrap();
+        image.flush().unwrap();
+        assert!(blocks() > empty + SIZE / 2);
+        image.discard(0, SIZE).unwrap();
+        image.close().unwrap();
+        // The L2 table stays.
+        assert!(blocks() <= empty + (128 << 10), "{format}: {empty}, then {}", blocks());
+        assert_eq!(
+            content(&Image::open(&path, &options()).unwrap()),
+            vec![0; usize::try_from(SIZE).unwrap()]
+        );
     }
 }

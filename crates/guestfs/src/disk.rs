@@ -81,7 +81,11 @@ impl Disk {
                 Command::new("add-drive").arg(export).opt("protocol", "nbd").opt("server", server)
             }
         };
-        let readonly = if self.writable { "false" } else { "true" };
-        Ok(command.opt("readonly", readonly).opt("format", &self.format))
+        let command = command.opt("format", &self.format);
+        Ok(match self.writable {
+            // What the guest discards goes back to the host where that is possible.
+            true => command.opt("readonly", "false").opt("discard", "besteffort"),
+            false => command.opt("readonly", "true"),
+        })
     }
 }

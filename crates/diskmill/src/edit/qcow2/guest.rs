@@ -237,6 +237,8 @@ impl Qcow2Writer {
         if start >= end {
             return Ok(());
         }
+        // A guest that discards wants the space to go back to the host: QEMU's discard=unmap.
+        self.meta().punch = true;
         self.change_entries(start..end, |meta, guest, _| meta.discarded_entry(guest, self.backed), image)
     }
 

@@ -199,7 +199,7 @@ impl Qcow2Writer {
         let mut meta = self.meta();
         let (size, span) = (meta.cluster_size(), meta.geometry.l2_span());
         let mapped = span * u64::from(meta.active().entries);
-        meta.punch = true;
+        let punched = std::mem::replace(&mut meta.punch, true);
         let mut guest = end.next_multiple_of(size);
         while guest < mapped {
             meta.relieve()?;
@@ -216,7 +216,7 @@ impl Qcow2Writer {
             guest = table_end;
         }
         let done = meta.commit();
-        meta.punch = false;
+        meta.punch = punched;
         done?;
         meta.cut()
     }
