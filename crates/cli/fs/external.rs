@@ -184,4 +184,5 @@ fn set_environment(process: &mut Process, settings: &Settings) {
     set("LIBGUESTFS_TMPDIR", settings.tmp_dir.clone().map(Into::into));
     set("LIBGUESTFS_PATH", settings.appliance.clone().map(Into::into));
     set("LIBGUESTFS_HV", settings.hypervisor.clone().map(Into::into));
+    set("LIBGUESTFS_APPEND", settings.kernel_arguments().map(Into::into));
 }

@@ -28,12 +28,14 @@ mod disk;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod initrd;
 mod keeper;
 mod kept;
 mod keys;
 pub mod kvm;
 mod messages;
 mod options;
+mod parts;
 mod place;
 mod prepared;
 mod process;

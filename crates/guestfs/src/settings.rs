@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rustix::fs::Access;
+
 /// How the appliance is run. [`Settings::from_env`] honours the variables that libguestfs documents (guestfs(3),
 /// "ENVIRONMENT VARIABLES"); what is `None` is left to libguestfs.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -27,6 +29,8 @@ pub struct Settings {
     pub appliance: Option<PathBuf>,
     /// `LIBGUESTFS_HV`: the program that runs the appliance.
     pub hypervisor: Option<PathBuf>,
+    /// `LIBGUESTFS_APPEND`: more arguments for the appliance's kernel.
+    pub append: Option<String>,
     /// `LIBGUESTFS_DEBUG`: messages of library and appliance.
     pub debug: bool,
     /// `LIBGUESTFS_TRACE`: each call of the library.
@@ -44,6 +48,13 @@ const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// Checks and resizes of large file systems are silent for minutes.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1800);
 
+/// For the kernel of an emulated processor (Linux, Documentation/admin-guide/kernel-parameters.rst): QEMU's emulation speculates
+/// on nothing that would have to be guarded against, and memory is not cleared for the kernel's own use (for programs it is).
+const EMULATED: &str = "mitigations=off init_on_alloc=0";
+/// In the environment of all that the appliance starts (systemd(1)): udev and systemd-tmpfiles report dozens of users that are
+/// missing there, for each piece of which guestfish runs our event handler.
+const QUIET: &str = "SYSTEMD_LOG_LEVEL=crit";
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
@@ -56,6 +67,7 @@ impl Default for Settings {
             tmp_dir: None,
             appliance: None,
             hypervisor: None,
+            append: None,
             debug: false,
             trace: false,
             network: false,
@@ -88,6 +100,7 @@ impl Settings {
             tmp_dir: path("LIBGUESTFS_TMPDIR"),
             appliance: path("LIBGUESTFS_PATH"),
             hypervisor: path("LIBGUESTFS_HV"),
+            append: text("LIBGUESTFS_APPEND"),
             debug: flag("LIBGUESTFS_DEBUG"),
             trace: flag("LIBGUESTFS_TRACE"),
             ..Self::default()
@@ -100,6 +113,19 @@ impl Settings {
         self.backend_settings
             .as_deref()
             .is_some_and(|list| list.split(':').any(|setting| setting == "force_tcg"))
+    }
+
+    /// `LIBGUESTFS_APPEND`: arguments for the appliance's kernel. Under emulation first those that save time there, so that those
+    /// that were asked for win.
+    #[must_use]
+    pub fn kernel_arguments(&self) -> Option<String> {
+        // As libguestfs' backend "direct" decides.
+        let emulated = self.backend == "direct"
+            && (self.forces_emulation() || rustix::fs::access("/dev/kvm", Access::WRITE_OK).is_err());
+        let ours = [(emulated, EMULATED), (emulated && !self.debug, QUIET)];
+        let ours = ours.into_iter().filter_map(|(used, arguments)| used.then_some(arguments));
+        let all: Vec<&str> = ours.chain(self.append.as_deref()).collect();
+        (!all.is_empty()).then(|| all.join(" "))
     }
 
     /// The variables for guestfish, and which of ours it must not see.
@@ -122,6 +148,7 @@ impl Settings {
             ("LIBGUESTFS_CACHEDIR", path(&self.cache_dir)),
             ("LIBGUESTFS_PATH", path(&self.appliance)),
             ("LIBGUESTFS_HV", path(&self.hypervisor)),
+            ("LIBGUESTFS_APPEND", self.kernel_arguments().map(OsString::from)),
             ("LIBGUESTFS_DEBUG", flag(self.debug)),
             ("LIBGUESTFS_TRACE", flag(self.trace)),
         ]
@@ -150,5 +177,21 @@ mod tests {
         assert_eq!((settings.memory_mib, settings.cpus), (Some(2048), None));
         assert!(settings.forces_emulation() && settings.trace && !settings.debug);
         assert_eq!((settings.backend.as_str(), settings.appliance), ("direct", None));
+    }
+
+    #[test]
+    fn an_emulated_kernel_has_arguments_of_its_own_and_those_asked_for_behind_them() {
+        let asked = Some("mitigations=auto".to_owned());
+        let settings = |force: Option<&str>, append: &Option<String>| Settings {
+            backend_settings: force.map(str::to_owned),
+            append: append.clone(),
+            ..Settings::default()
+        };
+        let all = settings(Some("force_tcg"), &asked).kernel_arguments().unwrap();
+        assert_eq!(all, format!("{EMULATED} {QUIET} mitigations=auto"));
+        let debug = Settings { debug: true, ..settings(Some("force_tcg"), &None) };
+        assert_eq!(debug.kernel_arguments().unwrap(), EMULATED);
+        let libvirt = |append| Settings { backend: "libvirt".into(), ..settings(Some("force_tcg"), append) };
+        assert_eq!((libvirt(&asked).kernel_arguments(), libvirt(&None).kernel_arguments()), (asked, None));
     }
 }
