@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use diskmill_testkit::{Cmd, Tool, require_program, scratch};
@@ -222,4 +223,56 @@ fn a_verb_that_fails_names_the_check_that_explains_it() {
     let list =
         Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["fs", "list", "-f", "raw", "a.raw"]).dir(dir);
     list.env("PATH", "/nowhere").fails(1).says(&["guestfish", "`diskmill doctor guestfish`"]);
+}
+
+#[test]
+fn a_start_that_another_program_blocks_says_who_does() {
+    let Some(python) = require_program("python3") else { return };
+    let dir = scratch();
+    let dir = dir.path();
+    let cache = dir.join(format!(".guestfs-{}", rustix::process::geteuid().as_raw()));
+    fs::create_dir(&cache).unwrap();
+    let lock = cache.join("lock");
+    fs::write(&lock, "").unwrap();
+    // As supermin does it.
+    let script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); \
+                  print(flush=True); time.sleep(60)";
+    let mut holder = Command::new(python);
+    let mut holder = holder.args(["-c", script]).arg(&lock).stdout(Stdio::piped()).spawn().unwrap();
+    let mut told = [0];
+    std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut told).unwrap();
+    let check = |status: &str, words: &[&str]| {
+        let report = doctor(dir).args(["--json", "cache"]).env("LIBGUESTFS_CACHEDIR", dir).ok().json();
+        let check = &report["checks"][0];
+        let found = check["found"].as_str().unwrap();
+        assert!(check["status"] == status && words.iter().all(|word| found.contains(word)), "{report}");
+    };
+    let process = format!("process {}", holder.id());
+    check("note", &[&process, "is building the appliance", lock.to_str().unwrap()]);
+
+    // Its guestfish does not come to listen, be it for that or for another reason.
+    let bin = dir.join("bin");
+    fs::create_dir(&bin).unwrap();
+    program(&bin.join("guestfish"), "case $1 in --version) echo guestfish 9.9.9 ;; *) exec sleep 60 ;; esac");
+    fs::File::create(dir.join("a.raw")).unwrap().set_len(1 << 20).unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let list = |options: &[&str]| {
+        let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["fs", "list", "-f", "raw", "a.raw"]);
+        let cmd = cmd.args(options).dir(dir).env("PATH", &path).env("HOME", dir).env("XDG_RUNTIME_DIR", dir);
+        cmd.env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg").env("LIBGUESTFS_CACHEDIR", dir).fails(1)
+    };
+    let blocked = format!("another program ({process}) is building the appliance: {}", lock.display());
+    let out = list(&["--start-timeout", "6"]);
+    let said = out.err();
+    assert!(said.starts_with(&format!("diskmill: waiting: {blocked} is locked\n")), "{out}");
+    assert!(said.matches(&blocked).count() == 2 && said.contains("`diskmill doctor cache`"), "{out}");
+    let out = list(&["--start-timeout", "6", "-q"]);
+    assert_eq!(out.err().matches(&blocked).count(), 1, "{out}");
+
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    check("ok", &["free in"]);
+    let out = list(&["--start-timeout", "6"]);
+    assert!(out.err().starts_with("diskmill: the appliance is starting; emulated"), "{out}");
+    out.says(&["did not start within 6 s", "`diskmill doctor kvm memory`"]);
 }

@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use diskmill_guestfs::Preparation;
+use diskmill_guestfs::{Builder, Preparation};
 use rustix::process::geteuid;
 
 use super::Machine;
@@ -40,7 +40,7 @@ pub(super) fn appliance(machine: &Machine) -> Check {
         )
         .or_ok(has_supermin(path).then(|| format!("built by supermin from {}", path.display())));
     }
-    let built = cache(machine).join(format!(".guestfs-{}/appliance.d/root", geteuid().as_raw()));
+    let built = machine.settings.appliance_cache().join("appliance.d/root");
     let found = match built.metadata() {
         Ok(_) => format!("built, {}", built.display()),
         Err(_) => "not built yet: the first command builds it, which takes some seconds".to_owned(),
@@ -69,27 +69,25 @@ fn has_supermin(path: &Path) -> bool {
     std::env::split_paths(path.as_os_str()).any(|dir| dir.join("supermin.d").is_dir())
 }
 
-/// guestfs(3), "guestfs_set_cachedir".
-fn cache(machine: &Machine) -> PathBuf {
-    machine.settings.cache_dir.clone().or_else(|| variable("TMPDIR")).unwrap_or_else(|| "/var/tmp".into())
-}
-
 /// guestfs(3), "guestfs_set_tmpdir".
 fn tmp(machine: &Machine) -> PathBuf {
-    machine.settings.tmp_dir.clone().or_else(|| variable("TMPDIR")).unwrap_or_else(|| "/tmp".into())
-}
-
-fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+    let variable = || std::env::var_os("TMPDIR").filter(|value| !value.is_empty()).map(PathBuf::from);
+    machine.settings.tmp_dir.clone().or_else(variable).unwrap_or_else(|| "/tmp".into())
 }
 
 pub(super) fn cache_space(machine: &Machine) -> Check {
-    let dir = cache(machine);
     if machine.fixed_appliance().is_some() {
         return Check::ok(Topic::Cache, "not needed: the appliance is complete");
     }
+    if let Some(builder) = Builder::find(&machine.settings) {
+        return Check::note(
+            Topic::Cache,
+            builder.to_string(),
+            "wait until it is done: all others do; end it if it hangs",
+        );
+    }
     // libguestfs refuses a folder that others could have put an appliance into.
-    let own = dir.join(format!(".guestfs-{}", geteuid().as_raw()));
+    let own = machine.settings.appliance_cache();
     if let Ok(found) = own.symlink_metadata() {
         if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o022 != 0 {
             return Check::problem(
@@ -108,7 +106,7 @@ pub(super) fn cache_space(machine: &Machine) -> Check {
             return Check::ok(Topic::Cache, format!("{} has the appliance", own.display()));
         }
     }
-    room(Topic::Cache, &dir, APPLIANCE, "LIBGUESTFS_CACHEDIR")
+    room(Topic::Cache, own.parent().unwrap_or(&own), APPLIANCE, "LIBGUESTFS_CACHEDIR")
 }
 
 pub(super) fn tmp_space(machine: &Machine) -> Check {

@@ -1,9 +1,11 @@
 //! What happens beside a session: signals that end it, and progress that is shown.
 
-use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
-use diskmill_guestfs::{Cancel, Error, Event, Listener, Options, WatchdogCommand};
+use diskmill_guestfs::{Builder, Cancel, Error, Event, Listener, Options, Settings, WatchdogCommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::iterator::Signals;
 
@@ -14,6 +16,9 @@ use crate::signals::ending_signals;
 
 /// The hidden subcommand under which this program looks after guestfish.
 pub(crate) const KEEPER: &str = "guestfs-keeper";
+
+/// After how long a start that says nothing is remarked upon.
+const LONG: Duration = Duration::from_secs(5);
 
 static RECEIVED: AtomicI32 = AtomicI32::new(0);
 
@@ -60,6 +65,9 @@ fn cancel() -> Result<Cancel, Failure> {
 pub(crate) struct Watch {
     cancel: Cancel,
     bar: ProgressBar,
+    quiet: bool,
+    /// Dropped when the start is over.
+    starting: Mutex<Option<Sender<()>>>,
 }
 
 impl Watch {
@@ -69,7 +77,7 @@ impl Watch {
         if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
             bar.set_style(style);
         }
-        Ok(Self { cancel: cancel()?, bar })
+        Ok(Self { cancel: cancel()?, bar, quiet, starting: Mutex::default() })
     }
 
     /// The options of a session that runs already: of the settings only the time limit of calls counts.
@@ -89,12 +97,31 @@ impl Watch {
         (options.settings, _) = settings(args)?;
         options.cancel = self.cancel.clone();
         options.listener = Some(self.listener());
+        self.remark_when_long(&options.settings);
         Ok(options)
+    }
+
+    /// Says, once, why nothing happens if the start takes [`LONG`].
+    fn remark_when_long(&self, settings: &Settings) {
+        if self.quiet {
+            return;
+        }
+        let (starting, over) = mpsc::channel();
+        *self.starting.lock().unwrap_or_else(PoisonError::into_inner) = Some(starting);
+        let (bar, settings) = (self.bar.clone(), settings.clone());
+        std::thread::spawn(move || {
+            if over.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout)
+                && let Some(text) = why_long(&settings, !bar.is_hidden())
+                && !REMARKED.swap(true, Relaxed)
+            {
+                bar.suspend(|| eprintln!("diskmill: {text}"));
+            }
+        });
     }
 
     fn listener(&self) -> Listener {
         let bar = self.bar.clone();
-        bar.enable_steady_tick(std::time::Duration::from_millis(120));
+        bar.enable_steady_tick(Duration::from_millis(120));
         Arc::new(move |event| match event {
             Event::Step(step) => bar.set_message(step.to_owned()),
             Event::Progress { done, total } => {
@@ -110,6 +137,7 @@ impl Watch {
 
     /// Takes the progress off the terminal.
     pub(crate) fn clear(&self) {
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.bar.finish_and_clear();
     }
 
@@ -117,6 +145,22 @@ impl Watch {
     pub(crate) fn failure(&self, error: Error) -> Failure {
         self.clear();
         cancelled(&error).unwrap_or_else(|| failure(&error))
+    }
+}
+
+/// Whether the remark was made: with several images once is enough.
+static REMARKED: AtomicBool = AtomicBool::new(false);
+
+/// Why a start takes long. Where the progress is `shown`, only what it cannot show.
+fn why_long(settings: &Settings, shown: bool) -> Option<String> {
+    match Builder::find(settings).filter(|_| settings.appliance.is_none()) {
+        Some(builder) if !builder.is_ours() => Some(format!("waiting: {builder}")),
+        _ if shown => None,
+        Some(_) => Some("the appliance is being built, once for all later commands".to_owned()),
+        None if settings.forces_emulation() => {
+            Some("the appliance is starting; emulated, that takes 10 to 30 s".to_owned())
+        }
+        None => Some("the appliance is starting".to_owned()),
     }
 }
 

@@ -30,7 +30,7 @@ pub enum Kind {
     NoSpace,
     /// The file system inside the guest is mounted read-only.
     ReadOnly,
-    /// An image or a session is in use by somebody else.
+    /// An image, a session or the appliance's cache is in use by somebody else.
     Busy,
     /// The request cannot be put to guestfish.
     Invalid,

@@ -20,6 +20,7 @@
 //! named, and no command of guestfish that works on the host can be sent.
 #![forbid(unsafe_code)]
 
+mod building;
 mod bzimage;
 mod cancel;
 mod command;
@@ -44,6 +45,7 @@ mod settings;
 mod watchdog;
 pub mod wire;
 
+pub use building::Builder;
 pub use cancel::Cancel;
 pub use command::Command;
 pub use disk::Disk;

@@ -114,6 +114,18 @@ fn descendants_of(ancestor: i32) -> Vec<ProcessId> {
     found
 }
 
+/// Whether `ancestor` has started the process `pid`, itself or by others.
+pub(crate) fn descends(mut pid: i32, ancestor: i32) -> bool {
+    while pid > 1 {
+        match Stat::of(pid) {
+            Some(stat) if stat.parent == ancestor => return true,
+            Some(stat) => pid = stat.parent,
+            None => break,
+        }
+    }
+    false
+}
+
 /// How long we wait for what was killed before we look for what was started meanwhile.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -157,6 +169,8 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let id = ProcessId::of(child.id() as i32).unwrap();
         assert!(id.is_alive() && children_of(std::process::id() as i32).contains(&id.pid));
+        let own = std::process::id() as i32;
+        assert!(descends(id.pid, own) && !descends(own, id.pid) && !descends(1, own));
         let other = ProcessId { started: id.started + 1, ..id };
         assert!(!other.is_alive());
         other.kill();

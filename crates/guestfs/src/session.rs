@@ -55,9 +55,14 @@ impl Session {
     /// Starts the appliance with these disks, which the guest sees as `/dev/sda` and so on, in this order.
     ///
     /// # Errors
-    /// `NotInstalled`, `Start`, `NoKernel`, `Busy` when an image is locked, `Timeout`, `Cancelled`, `Io`. Nothing is left
-    /// running then.
+    /// `NotInstalled`, `Start`, `NoKernel`, `Version`, `Busy` when an image or the appliance's cache is locked, `Timeout`,
+    /// `Cancelled`, `Io`. Nothing is left running then.
     pub fn open(disks: &[Disk], options: Options) -> Result<Self> {
+        let settings = options.settings.clone();
+        Self::start(disks, options).map_err(|error| settings.explain_late(error))
+    }
+
+    fn start(disks: &[Disk], options: Options) -> Result<Self> {
         let until = Instant::now() + options.settings.start_timeout;
         options.tell(Event::Step("starting guestfish"));
         let mut keeper = Keeper::start(&options.watchdog)?;
