@@ -60,9 +60,60 @@ fn help_names_every_option() {
     );
 }
 
+/// The texts behind the options are wrapped where the terminal ends, and nowhere else.
+#[test]
+fn notes_of_helps_wrap_at_the_end_of_the_line() {
+    const WIDTH: usize = 70;
+    let verbs: [&[&str]; 13] = [
+        &["convert"],
+        &["compare"],
+        &["check"],
+        &["create"],
+        &["resize"],
+        &["rebase"],
+        &["commit"],
+        &["amend"],
+        &["snapshot"],
+        &["serve"],
+        &["doctor"],
+        &["session"],
+        &["fs"],
+    ];
+    for verb in verbs {
+        let help = diskmill().cmd(verb).arg("--help").env("COLUMNS", WIDTH.to_string()).ok().out();
+        let notes: Vec<_> = help.lines().rev().take_while(|line| !line.starts_with(' ')).collect();
+        let mut notes = notes.into_iter().rev().peekable();
+        while let Some(line) = notes.next() {
+            let next = notes.peek().and_then(|next| next.split(' ').next()).unwrap_or_default();
+            // Sentences may start a line.
+            let wrapped = next.is_empty() || next.starts_with(char::is_uppercase);
+            assert!(wrapped || line.len() + 1 + next.len() > WIDTH, "{verb:?}: {line:?} {next:?}");
+        }
+    }
+}
+
+#[test]
+fn json_is_short_for_output_json() {
+    let dir = scratch();
+    let run = |args: &[&str]| diskmill().cmd(args).dir(dir.path()).ok();
+    run(&["create", "a.qcow2", "1M"]);
+    for verb in [
+        &["info", "a.qcow2"][..],
+        &["map", "a.qcow2"],
+        &["check", "a.qcow2"],
+        &["compare", "a.qcow2", "a.qcow2"],
+        &["measure", "a.qcow2"],
+        &["bitmap", "a.qcow2"],
+        &["snapshot", "list", "a.qcow2"],
+    ] {
+        let [short, long] = [&["--json"][..], &["--output", "json"]].map(|form| run(&[verb, form].concat()));
+        assert_eq!(short.json(), long.json(), "{verb:?}");
+    }
+}
+
 #[test]
 fn wrong_usage_exits_with_2() {
-    let wrong: [&[&str]; 26] = [
+    let wrong: [&[&str]; 27] = [
         &[],
         &["no-such-verb"],
         &["convert"],
@@ -87,6 +138,7 @@ fn wrong_usage_exits_with_2() {
         &["convert", "--memory", "0", "a", "b"],
         &["convert", "--reflink=always", "-S", "0", "a", "b"],
         &["convert", "--target-is-zero", "a", "b"],
+        &["convert", "--verify-packed", "--trust-packed", "a", "b"],
         &["create", "-f", "qcow2", "-o", "cluster_size=3k", "/gone/a", "1M"],
         &["measure", "-O", "vmdk", "--size", "1M"],
         &["amend", "-o", "refcount_bits=some", "a"],
@@ -107,6 +159,14 @@ fn what_may_be_a_mistake_is_told_and_what_helps_with_damage() {
     // The name tells of qcow2, and raw is what is written without -O.
     let warned = diskmill().cmd(["convert", &path("a.qcow2"), &path("b.qcow2")]).ok().err();
     assert!(warned.contains("becomes a raw image") && warned.contains("-O qcow2"), "{warned}");
+    // Formats that are not written.
+    let warned = diskmill().cmd(["convert", &path("a.qcow2"), &path("b.vhdx")]).ok().err();
+    assert!(warned.contains("becomes a raw image") && warned.contains("vhdx is not supported"), "{warned}");
+    for name in ["c.vhdx", "c.VDI", "c.ova"] {
+        diskmill().cmd(["create", &path(name), "1M"]).run().says(&["not supported"]);
+        assert!(!Path::new(&path(name)).exists(), "{name}");
+    }
+    diskmill().cmd(["create", "-f", "raw", &path("c.vhdx"), "1M"]).ok();
     for quiet in [&["-O", "raw"][..], &["-q"]] {
         let said =
             diskmill().cmd(["convert"]).args(quiet).args([path("a.qcow2"), path("b.qcow2")]).ok().err();

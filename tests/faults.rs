@@ -195,6 +195,7 @@ fn sources_and_targets_that_cannot_be_opened() {
         let out = diskmill().cmd(["convert"]).args(args).dir(dir).fails(1);
         out.no_panic();
         out.says(words);
+        assert!(!out.err().contains("os error"), "{out}");
     };
     fails(&["gone.raw", "out"], &["gone.raw"]);
     fails(&["folder", "out"], &["folder"]);

@@ -300,8 +300,9 @@ fn wrong_usage_and_what_is_not_supported() {
     let dir = scratch();
     let dir = dir.path();
     fs::write(dir.join("a.raw"), disk(1, 1 << 20)).unwrap();
-    let usage: [&[&str]; 6] = [
-        &["a.raw"],
+    let nowhere = diskmill().cmd(["serve", "a.raw"]).dir(dir).fails(2);
+    assert!(nowhere.err().contains("--unix <SOCKET>|--port <PORT>"), "{nowhere}");
+    let usage: [&[&str]; 5] = [
         &["--unix", "s", "--port", "1", "a.raw"],
         &["--unix", "s", "--bind", "127.0.0.1", "a.raw"],
         &["--unix", "s", "--threads", "0", "a.raw"],

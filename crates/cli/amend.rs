@@ -19,8 +19,8 @@ Examples:
   diskmill amend --key-file new.key --erase-key-file old.key disk.qcow2   the old one does not any more";
 
 const NOTES: &str = "\
-Options: compat (0.10 or 1.1), refcount_bits (1 to 64), lazy_refcounts (on or off), size, data_file (another name for the
-external data file), data_file_raw (off); for LUKS encrypt.state (active adds a passphrase, inactive erases),
+Options: compat (0.10 or 1.1), refcount_bits (1 to 64), lazy_refcounts (on or off), size, data_file (another name for the \
+external data file), data_file_raw (off); for LUKS encrypt.state (active adds a passphrase, inactive erases), \
 encrypt.keyslot (0 to 7), encrypt.iter-time (milliseconds), encrypt.new-secret and encrypt.old-secret (ids of --object). The guest's data stays as it is. For the backing file see `diskmill rebase`.
 Exit codes: 0 done; 1 error; 2 wrong usage.";
 

@@ -19,7 +19,7 @@ Examples:
   curl -s https://example.org/disk.raw | diskmill convert -f raw -O qcow2 - disk.qcow2";
 
 const CONVERT_CODES: &str = "\
-Exit codes: 0 done; 1 error; 2 wrong usage; 3 done with --salvage, but parts could not be read;
+Exit codes: 0 done; 1 error; 2 wrong usage; 3 done with --salvage, but parts could not be read; \
 128 + n: ended by signal n. After an error or a signal the old TARGET is still there, or none.";
 
 #[derive(Debug, Args)]
@@ -110,7 +110,7 @@ pub(crate) struct ConvertArgs {
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
 
-    /// Upper bound for buffers
+    /// Upper bound for buffers. Tables of TARGET come on top: at most 80 MiB (a qcow2 with the largest L1 table)
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
     pub(crate) memory: u64,
 
@@ -146,9 +146,13 @@ pub(crate) struct ConvertArgs {
     #[arg(long)]
     pub(crate) recompress: bool,
 
+    /// Unpack packed clusters that are taken over, to find damage in them: the default
+    #[arg(long = "verify-packed")]
+    pub(crate) _verify_packed: bool,
+
     /// Take packed clusters over without unpacking them: faster, but damage in them goes unseen. For sources that are
     /// known to be sound
-    #[arg(long, conflicts_with_all = ["recompress", "salvage"])]
+    #[arg(long, conflicts_with_all = ["recompress", "salvage", "_verify_packed"])]
     pub(crate) trust_packed: bool,
 
     #[command(flatten)]
@@ -180,9 +184,8 @@ pub(crate) struct InfoArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    pub(crate) output: OutputForm,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 
     /// The image
     pub(crate) file: PathBuf,
@@ -205,16 +208,15 @@ pub(crate) struct MapArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    pub(crate) output: OutputForm,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 
     /// The image
     pub(crate) file: PathBuf,
 }
 
 const COMPARE_CODES: &str = "\
-Exit codes: 0 same; 1 different; 2 wrong usage, or an image cannot be opened; 3 its map cannot be read;
+Exit codes: 0 same; 1 different; 2 wrong usage, or an image cannot be opened; 3 its map cannot be read; \
 4 it cannot be read; 128 + n: ended by signal n.";
 
 #[derive(Debug, Args)]
@@ -246,9 +248,8 @@ pub(crate) struct CompareArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    pub(crate) output: OutputForm,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 
     /// One image
     pub(crate) a: PathBuf,
@@ -258,7 +259,7 @@ pub(crate) struct CompareArgs {
 }
 
 const CHECK_CODES: &str = "\
-Exit codes (with -r: after the repair): 0 no errors; 1 the check could not be completed; 2 the image is corrupt;
+Exit codes (with -r: after the repair): 0 no errors; 1 the check could not be completed; 2 the image is corrupt; \
 3 it only has leaked clusters; 63 the format has no check (raw, ova).";
 
 #[derive(Debug, Args)]
@@ -287,9 +288,8 @@ pub(crate) struct CheckArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    pub(crate) output: OutputForm,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 
     /// The image
     pub(crate) file: PathBuf,
@@ -409,6 +409,24 @@ pub(crate) enum ProgressMode {
     Json,
     Qemu,
     None,
+}
+
+/// How a command prints what it found out.
+#[derive(Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// How to print
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    output: OutputForm,
+
+    /// Short for --output json
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+impl OutputArgs {
+    pub(crate) const fn form(&self) -> OutputForm {
+        if self.json { OutputForm::Json } else { self.output }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

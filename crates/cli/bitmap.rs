@@ -8,7 +8,7 @@ use diskmill::qcow2::Bitmap;
 use diskmill::{Format, Image, OpenOptions, parse_size};
 use serde_json::{Value, json};
 
-use crate::args::{OpenArgs, OutputForm};
+use crate::args::{OpenArgs, OutputArgs, OutputForm};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
 use crate::names::shown;
@@ -69,9 +69,8 @@ pub(crate) struct BitmapArgs {
     #[command(flatten)]
     open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    output: OutputForm,
+    #[command(flatten)]
+    output: OutputArgs,
 
     /// The image
     file: PathBuf,
@@ -93,9 +92,9 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Exit, Failure> {
             change(args, bitmap, &options)?;
             return Ok(Exit::Done);
         }
-        Some(bitmap) => ranges(&Image::open(&args.file, &options)?, bitmap, args.output)?,
+        Some(bitmap) => ranges(&Image::open(&args.file, &options)?, bitmap, args.output.form())?,
         None if args.changes() => return Err(Failure::usage("the name of the bitmap is missing")),
-        None => list(&Image::open(&args.file, &options)?, args.output)?,
+        None => list(&Image::open(&args.file, &options)?, args.output.form())?,
     };
     io::stdout().write_all(text.as_bytes())?;
     Ok(Exit::Done)

@@ -46,7 +46,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     for warning in report.warnings.iter().filter(|_| !args.quiet) {
         eprintln!("diskmill: warning: {warning}");
     }
-    let text = match args.output {
+    let text = match args.output.form() {
         OutputForm::Json => qemu_style(&as_json(&report, args.format, &args.file.to_string_lossy())) + "\n",
         OutputForm::Human if args.quiet => String::new(),
         OutputForm::Human => human(&report, options.repair),

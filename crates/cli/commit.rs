@@ -16,7 +16,7 @@ Examples:
   diskmill commit -b base.qcow2 overlay.qcow2     the same for a file further down; the overlay stays as it is";
 
 const CODES: &str = "\
-Neither file may be in use. Other images over the same backing file show something else afterwards. Exit codes: 0 done;
+Neither file may be in use. Other images over the same backing file show something else afterwards. Exit codes: 0 done; \
 1 error; 2 wrong usage; 128 + n: ended by signal n. After an error or a signal the overlay is as it was.";
 
 #[derive(Debug, Args)]

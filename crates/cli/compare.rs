@@ -18,7 +18,7 @@ const SECTOR: u64 = 512;
 pub(crate) fn run(args: &CompareArgs) -> Result<Exit, Failure> {
     let a = open(args, &args.a, args.a_format)?;
     let b = open(args, &args.b, args.b_format)?;
-    let json = args.output == OutputForm::Json;
+    let json = args.output.form() == OutputForm::Json;
     let options = CompareOptions { strict: args.strict, threads: args.threads };
     let result = job::run(&args.progress, json, exit_for, |monitor| compare(&a, &b, &options, monitor))?;
     let sizes = (a.size(), b.size());

@@ -1,6 +1,5 @@
 //! `diskmill convert`.
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use serde_json::json;
 
 use crate::args::{CacheMode, ConvertArgs, snapshot_ref};
 use crate::exit::{Exit, Failure};
+use crate::names;
 use crate::options;
 use crate::progress::Progress;
 use crate::say;
@@ -118,9 +118,13 @@ fn target_format(args: &ConvertArgs) -> TargetFormat {
 
 /// Warns who has named no format when the target's name tells of one: raw is written, as by qemu-img.
 fn warn_of_name(args: &ConvertArgs, target: &Path) {
-    let ending = target.extension().and_then(OsStr::to_str).unwrap_or_default();
-    let telling = matches!(ending, "qcow2" | "vmdk" | "ova");
-    if telling && args.target_format.is_none() && !args.no_create && !args.progress.quiet {
+    let Some(ending) = names::telling_ending(target) else { return };
+    if args.target_format.is_some() || args.no_create || args.progress.quiet {
+        return;
+    }
+    if names::is_foreign(&ending) {
+        say::warning(format_args!("{target:?} becomes a raw image: writing {ending} is not supported"));
+    } else {
         say::warning(format_args!("{target:?} becomes a raw image; -O {ending} makes it what its name says"));
     }
 }

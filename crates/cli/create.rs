@@ -9,6 +9,7 @@ use diskmill::create::{CreateOptions, create};
 use diskmill::{Allow, Format, Image, OpenOptions, OpenPolicy, parse_size};
 
 use crate::exit::{Exit, Failure};
+use crate::names::telling_ending;
 use crate::options::{asks_for_help, help, split};
 use crate::size::human_size;
 
@@ -65,7 +66,7 @@ pub(crate) struct CreateArgs {
 pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
     let mut format = match (&args.format, &args.file) {
         (Some(format), _) => format.clone(),
-        (None, Some(file)) => TargetFormat::named(by_name(file))?,
+        (None, Some(file)) => by_name(file)?,
         (None, None) => TargetFormat::named("raw")?,
     };
     if args.options.iter().any(|list| asks_for_help(list)) {
@@ -106,12 +107,14 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
 }
 
 /// The format that the name of a file tells.
-fn by_name(file: &Path) -> &'static str {
-    match file.extension().and_then(|extension| extension.to_str()) {
-        Some("qcow2") => "qcow2",
-        Some("vmdk") => "vmdk",
-        _ => "raw",
-    }
+fn by_name(file: &Path) -> Result<TargetFormat, Failure> {
+    let ending = telling_ending(file);
+    let format = ending.as_deref().unwrap_or("raw");
+    TargetFormat::named(format).map_err(|_| {
+        Failure::usage(format!(
+            "{file:?}: creating {format} images is not supported; -f raw makes a raw one of this name"
+        ))
+    })
 }
 
 struct Backing {

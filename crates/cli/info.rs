@@ -28,7 +28,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Exit, Failure> {
     }
     let options = OpenOptions { metadata_only: !args.backing_chain, ..args.open.options(args.format) };
     let image = Image::open(&args.file, &options)?;
-    let text = describe(&image, &args.file, args.backing_chain, args.output)?;
+    let text = describe(&image, &args.file, args.backing_chain, args.output.form())?;
     io::stdout().write_all(text.as_bytes())?;
     for warning in image.warnings() {
         say::warning(warning);

@@ -74,12 +74,14 @@ impl Entry {
 
 pub(crate) fn run(args: &MapArgs) -> Result<Exit, Failure> {
     let image = Image::open(&args.file, &args.open.options(args.format))?;
-    print(&image, &args.file, args.start_offset, args.max_length, args.output).map_err(|mut failure| {
-        if let Some(message) = failure.message.as_mut().filter(|message| *message == WITHOUT_OFFSET) {
-            message.push_str(" (--output json shows them)");
-        }
-        failure
-    })?;
+    print(&image, &args.file, args.start_offset, args.max_length, args.output.form()).map_err(
+        |mut failure| {
+            if let Some(message) = failure.message.as_mut().filter(|message| *message == WITHOUT_OFFSET) {
+                message.push_str(" (--output json shows them)");
+            }
+            failure
+        },
+    )?;
     Ok(Exit::Done)
 }
 

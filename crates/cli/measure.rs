@@ -9,7 +9,7 @@ use diskmill::measure::{Disk, Measured, measure};
 use diskmill::{Format, Image, OpenOptions, parse_size};
 use serde_json::{Map, Value};
 
-use crate::args::{OpenArgs, OutputForm, snapshot_ref};
+use crate::args::{OpenArgs, OutputArgs, OutputForm, snapshot_ref};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
 use crate::options;
@@ -46,9 +46,8 @@ pub(crate) struct MeasureArgs {
     #[command(flatten)]
     open: OpenArgs,
 
-    /// How to print
-    #[arg(long, value_name = "FORM", default_value = "human")]
-    output: OutputForm,
+    #[command(flatten)]
+    output: OutputArgs,
 
     /// The image
     file: Option<PathBuf>,
@@ -68,7 +67,7 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Exit, Failure> {
     };
     let disk = image.as_ref().map_or(Disk::Empty(args.size.unwrap_or_default()), Disk::Of);
     let measured = measure(disk, &format).map_err(Failure::of_request)?;
-    let text = match args.output {
+    let text = match args.output.form() {
         OutputForm::Json => as_json(&measured),
         OutputForm::Human => lines(&measured, |bytes| format!("{} ({bytes} bytes)", human_size(bytes))),
     };

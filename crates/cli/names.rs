@@ -6,6 +6,21 @@ use std::path::{Path, PathBuf};
 
 use diskmill::{FileId, FormatInfo, Image};
 
+/// What names of images end in whose formats are not written here.
+const FOREIGN: [&str; 8] = ["vhdx", "vhd", "vpc", "vdi", "qed", "qcow", "hdd", "dmg"];
+
+/// The ending of a file's name, in small letters, if it tells of an image's format other than raw.
+pub(crate) fn telling_ending(file: &Path) -> Option<String> {
+    let ending = file.extension()?.to_str()?.to_ascii_lowercase();
+    let telling = matches!(ending.as_str(), "qcow2" | "vmdk" | "ova") || is_foreign(&ending);
+    telling.then_some(ending)
+}
+
+/// Whether the ending of a name tells of a format that is not written here.
+pub(crate) fn is_foreign(ending: &str) -> bool {
+    FOREIGN.contains(&ending)
+}
+
 /// `text` with control characters escaped: a name in an image must not drive the terminal.
 pub(crate) fn shown(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {

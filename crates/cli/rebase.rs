@@ -18,7 +18,7 @@ Examples:
   diskmill rebase -u -b ../moved/base.qcow2 -F qcow2 overlay.qcow2";
 
 const CODES: &str = "\
-The image must not be in use. Exit codes: 0 done; 1 error; 2 wrong usage; 128 + n: ended by signal n. After an error or a
+The image must not be in use. Exit codes: 0 done; 1 error; 2 wrong usage; 128 + n: ended by signal n. After an error or a \
 signal the image still has its old backing file, and the disk is as it was.";
 
 #[derive(Debug, Args)]

@@ -18,7 +18,7 @@ Examples:
   diskmill resize --shrink disk.raw -512M";
 
 const NOTES: &str = "\
-Partitions and file systems on the disk stay as they are: shrink them before the disk, and grow them after it
+Partitions and file systems on the disk stay as they are: shrink them before the disk, and grow them after it \
 (`diskmill fs grow` does both in one go for a disk that grows). Exit codes: 0 done; 1 error; 2 wrong usage.";
 
 #[derive(Debug, Args)]

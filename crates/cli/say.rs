@@ -4,6 +4,8 @@ use std::fmt::Display;
 
 use anstyle::{AnsiColor, Style};
 
+use diskmill::without_os_codes;
+
 use crate::exit::Failure;
 
 /// Bad, of note, good, and what to do about it.
@@ -15,7 +17,7 @@ pub(crate) const HELP: Style = AnsiColor::Cyan.on_default();
 /// Says why the program ends, and what helps.
 pub(crate) fn failure(failure: &Failure) {
     if let Some(message) = &failure.message {
-        anstream::eprintln!("{BAD}diskmill:{BAD:#} {message}");
+        anstream::eprintln!("{BAD}diskmill:{BAD:#} {}", without_os_codes(message));
     }
     if let Some(hint) = &failure.hint {
         anstream::eprintln!("{HELP}hint:{HELP:#} {hint}");
@@ -24,5 +26,5 @@ pub(crate) fn failure(failure: &Failure) {
 
 /// Warns of something that does not stop the work.
 pub(crate) fn warning(text: impl Display) {
-    anstream::eprintln!("diskmill: {NOTE}warning:{NOTE:#} {text}");
+    anstream::eprintln!("diskmill: {NOTE}warning:{NOTE:#} {}", without_os_codes(&text.to_string()));
 }

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
-use diskmill::Secret;
+use diskmill::{Secret, without_os_codes};
 
 use crate::options;
 
@@ -20,6 +20,10 @@ pub(crate) fn from_file(path: &str) -> Result<Secret, String> {
         bytes.pop();
     }
     Ok(Secret::new(bytes))
+}
+
+fn said(doing: &str, path: &str, error: &io::Error) -> String {
+    without_os_codes(&format!("cannot {doing} {path:?}: {error}"))
 }
 
 /// Passes passphrases to another process of ours through `pipe`: what stands among the arguments or in the environment of a
@@ -101,12 +105,10 @@ fn read(path: &str) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let mut file: Box<dyn Read> = match path {
         "-" => Box::new(std::io::stdin()),
-        path => Box::new(
-            std::fs::File::open(Path::new(path)).map_err(|error| format!("cannot open {path:?}: {error}"))?,
-        ),
+        path => Box::new(std::fs::File::open(Path::new(path)).map_err(|error| said("open", path, &error))?),
     };
     let mut limited = file.by_ref().take(LONGEST + 1);
-    limited.read_to_end(&mut bytes).map_err(|error| format!("cannot read {path:?}: {error}"))?;
+    limited.read_to_end(&mut bytes).map_err(|error| said("read", path, &error))?;
     if bytes.len() as u64 > LONGEST {
         return Err(format!("{path:?} is larger than {LONGEST} bytes: no passphrase"));
     }

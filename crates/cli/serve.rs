@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use diskmill::{Format, Image, OpenOptions};
 use diskmill_nbd::{Address, ImageExport, Server, Settings};
 use serde_json::json;
@@ -26,28 +26,23 @@ Examples:
   nbdcopy 'nbd+unix:///?socket=old.sock' old.raw";
 
 const NOTES: &str = "\
-Clients can only read, unless --writable says otherwise (raw and qcow2). The disk is served until a signal (Ctrl-C)
+Clients can only read, unless --writable says otherwise (raw, qcow2 and VMDK). The disk is served until a signal (Ctrl-C) \
 comes; then the socket is removed. Exit codes: 0 ended by a signal, or after the last client; 1 error; 2 wrong usage.";
 
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = NOTES)]
+#[command(group = ArgGroup::new("address").required(true).args(["unix", "port"]))]
 pub(crate) struct ServeArgs {
     /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 
     /// Listen at this Unix socket, made for the current user alone
-    #[arg(
-        short = 'k',
-        long,
-        visible_alias = "socket",
-        value_name = "SOCKET",
-        required_unless_present = "port"
-    )]
+    #[arg(short = 'k', long, visible_alias = "socket", value_name = "SOCKET")]
     unix: Option<PathBuf>,
 
     /// Listen at this TCP port; 0: any that is free. No password and no encryption: for loopback and trusted networks
-    #[arg(short = 'p', long, value_name = "PORT", conflicts_with = "unix")]
+    #[arg(short = 'p', long, value_name = "PORT")]
     port: Option<u16>,
 
     /// The address that the port is bound to
@@ -62,7 +57,7 @@ pub(crate) struct ServeArgs {
     #[arg(short = 'r', long)]
     read_only: bool,
 
-    /// Clients may write (raw and qcow2). No other process may have the image open
+    /// Clients may write (raw, qcow2 and VMDK). No other process may have the image open
     #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
     writable: bool,
 

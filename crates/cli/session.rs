@@ -24,8 +24,8 @@ Examples:
   diskmill session stop --all";
 
 const NOTES: &str = "\
-A session is found by the image's file, its state, format and options, by commands of the same user. It ends when nobody has
-used it for a while (--idle-timeout), when the image was changed, and when a command writes to an image that it reads.
+A session is found by the image's file, its state, format and options, by commands of the same user. It ends when nobody has \
+used it for a while (--idle-timeout), when the image was changed, and when a command writes to an image that it reads. \
 One on an encrypted image is open to those commands without the passphrase.";
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use diskmill::{Format, Image, OpenOptions, SnapshotRef};
 use serde_json::Value;
 
-use crate::args::{OpenArgs, OutputForm, snapshot_ref};
+use crate::args::{OpenArgs, OutputArgs, OutputForm, snapshot_ref};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
 use crate::names::shown;
@@ -22,7 +22,7 @@ Examples:
   diskmill snapshot delete disk.qcow2 before-upgrade";
 
 const NOTES: &str = "\
-Snapshots inside a qcow2 image. One is meant by its id or its name, or as snapshot.id=ID,snapshot.name=NAME where several
+Snapshots inside a qcow2 image. One is meant by its id or its name, or as snapshot.id=ID,snapshot.name=NAME where several \
 share a name. qemu-img's letters are taken too: -l, -c NAME, -a NAME, -d NAME, and then the image.
 Exit codes: 0 done; 1 error; 2 wrong usage.";
 
@@ -83,9 +83,8 @@ enum Action {
     List {
         #[command(flatten)]
         common: Common,
-        /// How to print
-        #[arg(long, value_name = "FORM", default_value = "human")]
-        output: OutputForm,
+        #[command(flatten)]
+        output: OutputArgs,
         /// The image
         file: PathBuf,
     },
@@ -116,7 +115,7 @@ enum Change {
 
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     match &args.action {
-        Some(Action::List { common, output, file }) => list(common, file, *output),
+        Some(Action::List { common, output, file }) => list(common, file, output.form()),
         Some(Action::Create(named)) => change(named, Change::Create),
         Some(Action::Apply(named)) => change(named, Change::Apply),
         Some(Action::Delete(named)) => change(named, Change::Delete),

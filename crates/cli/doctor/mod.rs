@@ -28,7 +28,7 @@ Examples:
   diskmill doctor reflink --path /var/lib/images";
 
 const NOTES: &str = "\
-A `note` is something that is slower than it could be, or that one command lacks; a PROBLEM keeps the fs commands from
+A `note` is something that is slower than it could be, or that one command lacks; a PROBLEM keeps the fs commands from \
 working. Exit codes: 0 no problem; 1 at least one; 2 wrong usage.";
 
 #[derive(Debug, Args)]

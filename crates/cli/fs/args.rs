@@ -30,7 +30,7 @@ Examples:
 const CODES: &str = "\
 Options may stand before the verb, too: `diskmill fs --keep ls disk.qcow2` is `diskmill fs ls --keep disk.qcow2`.
 
-Exit codes: 0 done; 1 error, or `diff` found differences; 2 wrong usage; `run` and `script`: what the command says;
+Exit codes: 0 done; 1 error, or `diff` found differences; 2 wrong usage; `run` and `script`: what the command says; \
 128 + n: ended by signal n. `diskmill doctor` tells what the machine lacks.";
 
 #[derive(Debug, Args)]

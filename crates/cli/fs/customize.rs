@@ -15,7 +15,7 @@ use super::output::print_json;
 use crate::exit::{Exit, Failure};
 
 const ORDER: &str = "\
-Whatever the order of the options, it is done in this one: host name, time zone, users, passwords, keys, folders, files,
+Whatever the order of the options, it is done in this one: host name, time zone, users, passwords, keys, folders, files, \
 packages (update, install, remove), scripts, commands, first-boot scripts and commands, deletions, SELinux labels.";
 
 #[derive(Debug, Args)]

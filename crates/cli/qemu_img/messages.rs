@@ -3,15 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use diskmill::{Error, Format, Kind};
+use diskmill::{Error, Format, Kind, without_os_codes};
 
 /// What the system says, without Rust's number behind it.
 pub(super) fn system(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text[..at].to_owned(),
-        None => text,
-    }
+    without_os_codes(&error.to_string())
 }
 
 /// Why the image in the file `path` cannot be opened: what stands behind "Could not open 'NAME': ".

@@ -195,7 +195,7 @@ impl fmt::Display for Error {
         }
         f.write_str(message)?;
         if let Some(source) = source {
-            write!(f, ": {source}")?;
+            write!(f, ": {}", without_os_codes(&source.to_string()))?;
         }
         if let Some(hint) = hint {
             write!(f, " ({hint})")?;
@@ -210,8 +210,37 @@ impl fmt::Debug for Error {
     }
 }
 
+/// `text` without the numbers that Rust puts behind the system's words: "… (os error 2)".
+#[must_use]
+pub fn without_os_codes(text: &str) -> String {
+    const CODE: &str = " (os error ";
+    let mut parts = text.split(CODE);
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |kept, part| match part.split_once(')') {
+        Some((code, rest)) if code.bytes().all(|byte| byte.is_ascii_digit()) => kept + rest,
+        _ => kept + CODE + part,
+    })
+}
+
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.0.source.as_ref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_the_systems_words_without_its_numbers() {
+        let gone = || io::Error::from_raw_os_error(2);
+        let error = Error::io("cannot open", gone()).hint("look");
+        assert_eq!(error.to_string(), "cannot open: No such file or directory (look)");
+        let both = format!("a: {} b: {}", gone(), gone());
+        assert_eq!(without_os_codes(&both), "a: No such file or directory b: No such file or directory");
+        for text in ["", "x (os error", "x (os error y)", "x (os error 1"] {
+            assert_eq!(without_os_codes(text), text);
+        }
     }
 }

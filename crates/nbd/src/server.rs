@@ -227,6 +227,7 @@ impl Server {
         let result = catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| Err(panicked()));
         if let Err(error) = result
             && !self.shared.stopped.load(Relaxed)
+            && !has_left(&error)
         {
             log(&error.to_string());
         }
@@ -302,6 +303,11 @@ impl Settings {
 
 fn panicked() -> io::Error {
     io::Error::other("a thread of the server panicked: this is a bug")
+}
+
+/// What a socket says when its client leaves without waiting for replies: the client's right.
+fn has_left(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 /// Errors of `accept(2)` that say nothing of the listener: none waits, or it left before it was accepted.

@@ -170,7 +170,8 @@ pub struct ConvertOptions {
     pub existing: OpenOptions,
     /// Worker threads; `None`: one for each CPU that this process may use.
     pub threads: Option<usize>,
-    /// Upper bound for the buffers of the conversion, in bytes.
+    /// Upper bound for the buffers of the conversion, in bytes, at least 1. Tables of the output come on top: 16 bytes for each
+    /// L2 table and refcount block of a qcow2 (at most 80 MiB, by QEMU's limits), 8 for each grain table of a VMDK.
     pub memory: u64,
     /// The I/O engine.
     pub engine: EngineChoice,
