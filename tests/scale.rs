@@ -3,6 +3,7 @@
 //! The limits are for an unoptimised build on a busy machine of two processors.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
@@ -13,6 +14,8 @@ use diskmill_testkit::{Cmd, Outcome, TempDir, Tool, args, scratch, skip};
 
 const TIB: u64 = 1 << 40;
 const MEMORY: u64 = 300 << 20;
+/// Of a command that reads tables piece by piece.
+const READERS_MEMORY: u64 = 64 << 20;
 
 fn diskmill() -> Tool {
     Tool::under_test(env!("CARGO_BIN_EXE_diskmill"))
@@ -20,8 +23,13 @@ fn diskmill() -> Tool {
 
 /// Runs it and panics unless it was quick and small.
 fn bounded(cmd: Cmd, seconds: u64) -> Outcome {
+    within(cmd, seconds, MEMORY)
+}
+
+/// Runs it and panics unless it took at most so many seconds and bytes of memory.
+fn within(cmd: Cmd, seconds: u64, memory: u64) -> Outcome {
     let out = cmd.limit(Duration::from_secs(seconds)).ok();
-    assert!(out.peak_rss < MEMORY, "{} MiB of memory: {out}", out.peak_rss >> 20);
+    assert!(out.peak_rss < memory, "{} MiB of memory: {out}", out.peak_rss >> 20);
     out
 }
 
@@ -120,6 +128,59 @@ fn sixty_four_tib_in_default_clusters_on_tmpfs() {
     if let Some(dir) = on_tmpfs() {
         there_and_back(dir.path(), 64 * TIB, 200, "cluster_size=64k");
     }
+}
+
+/// What is asked of an image without changing it, for an image that shows the same disk as `source`.
+fn looks(source: &Path, image: &Path, format: &str) {
+    let json = |args: &[OsString]| within(diskmill().cmd(args), 60, READERS_MEMORY).json();
+    let size = std::fs::metadata(source).unwrap().len();
+    assert_eq!(json(&args!["info", "--output", "json", image])["virtual-size"], size);
+    let map = json(&args!["map", "--output", "json", image]);
+    let last = map.as_array().unwrap().last().unwrap();
+    assert_eq!(last["start"].as_u64().unwrap() + last["length"].as_u64().unwrap(), size);
+    let check = json(&args!["check", "--output", "json", image]);
+    assert_eq!((&check["check-errors"], &check["format"]), (&0.into(), &format.into()), "{check}");
+    let measured = json(&args!["measure", "--output", "json", "-O", "qcow2", image]);
+    assert!(measured["required"].as_u64().unwrap() < size >> 10, "{measured}");
+    let same = within(diskmill().cmd(args!["compare", "-f", "raw", source, image]), 60, READERS_MEMORY);
+    assert_eq!(same.out(), "Images are identical.\n");
+}
+
+/// The largest disks that L1 tables of 32 MiB, QEMU's limit, have room for.
+#[test]
+fn the_largest_l1_tables() {
+    let dir = on_disk();
+    for (cluster_size, size) in [(4096, 8 * TIB), (512, TIB / 8)] {
+        let [source, image, none] = ["in.raw", "image.qcow2", "none.qcow2"].map(|name| dir.path().join(name));
+        if sparse(&source, size, 100).is_none() {
+            return;
+        }
+        let options = format!("cluster_size={cluster_size}");
+        let convert =
+            args!["convert", "-f", "raw", "-O", "qcow2", "--memory", "2M", "-o", &options, source, image];
+        // The table, and the bytes of it that are written.
+        within(diskmill().cmd(convert), 60, 110 << 20);
+        looks(&source, &image, "qcow2");
+
+        let create = |size: u64| {
+            let size = size.to_string();
+            diskmill().cmd(args!["create", "--force", "-q", "-f", "qcow2", "-o", &options, none, &size])
+        };
+        within(create(size), 60, 110 << 20);
+        create(size + cluster_size).fails(1).says(&["L1 table", "cluster_size"]);
+    }
+}
+
+#[test]
+fn a_sparse_vmdk_of_more_than_2_tib() {
+    let dir = on_disk();
+    let [source, image, back] = ["in.raw", "image.vmdk", "back.raw"].map(|name| dir.path().join(name));
+    let size = 5 * TIB / 2;
+    let Some(written) = sparse(&source, size, 100) else { return };
+    within(diskmill().cmd(args!["convert", "-f", "raw", "-O", "vmdk", source, image]), 60, READERS_MEMORY);
+    looks(&source, &image, "vmdk");
+    within(diskmill().cmd(args!["convert", image, back]), 60, READERS_MEMORY);
+    holds(&back, size, &written);
 }
 
 #[test]
