@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use diskmill::convert::{Compression, ConvertOptions, Monitor, TargetFormat, convert};
+use diskmill::create::{CreateOptions, create};
 use diskmill::{Image, OpenOptions};
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
@@ -42,12 +43,12 @@ fn raw(folder: &Path) -> std::path::PathBuf {
     path
 }
 
-/// Every extent of a disk, from one end to the other; items are clusters.
-#[divan::bench(args = [false, true])]
-fn map(bencher: Bencher<'_, '_>, packed: bool) {
+/// Every extent of a disk, from one end to the other; items are clusters and grains of 64 KiB.
+#[divan::bench(args = [("qcow2", false), ("qcow2", true), ("vmdk", false)])]
+fn map(bencher: Bencher<'_, '_>, (format, packed): (&str, bool)) {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    run(&raw(folder.path()), &path, &options("qcow2", packed));
+    let path = folder.path().join("disk");
+    run(&raw(folder.path()), &path, &options(format, packed));
     bencher.counter(ItemsCount::new(DISK >> 16)).bench_local(|| {
         let [image] = &image(&path);
         let (mut at, mut extents) = (0, 0u64);
@@ -57,6 +58,17 @@ fn map(bencher: Bencher<'_, '_>, packed: bool) {
         }
         extents
     });
+}
+
+/// The qcow2 assembler, which gives each cluster of an empty disk its place and writes the tables; items are clusters.
+#[divan::bench]
+fn assemble_without_data(bencher: Bencher<'_, '_>) {
+    let (folder, size) = (tempfile::tempdir().unwrap(), 64 << 30);
+    let path = folder.path().join("disk.qcow2");
+    let mut format = TargetFormat::named("qcow2").unwrap();
+    format.set("preallocation", "metadata").unwrap();
+    let options = CreateOptions { format, size, trust_backing: false };
+    bencher.counter(ItemsCount::new(size >> 16)).bench_local(|| create(&path, &options).unwrap());
 }
 
 /// Planner, workers, placer and assembler together, on one thread.
