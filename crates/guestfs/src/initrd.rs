@@ -2,7 +2,7 @@
 //! that names the modules to be loaded, one on each line, in this order (supermin, ext2 mini initrd).
 
 /// Modules of devices that an appliance of QEMU, as libguestfs starts it, does not have, and variants of checksums for
-/// processors that the one we emulate is not. Loading one takes up to 0.3 s under emulation (`ata_piix` waits for disks).
+/// processors that the one we emulate is not. Loading one takes up to 0.2 s under emulation (`ata_piix` waits for disks).
 /// Modules that something in the appliance does need later are loaded by then from its root.
 const NEEDLESS: &[&str] = &[
     "ata_piix",

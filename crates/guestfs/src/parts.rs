@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 /// The archive with the appliance's `/init`, a shell script.
 const INIT_ARCHIVE: &str = "init.tar.gz";
 
-/// The line with which `/init` makes udev look at every device that there is, some 300, which takes two of the ten seconds of
-/// a start under emulation.
+/// The line with which `/init` makes udev look at every device that there is, some hundreds. That is the longest step of `/init`
+/// under emulation: most of a second of processor time.
 const TRIGGER: &str = "udevadm trigger";
 /// What it says instead: disks, network cards, the channel to libguestfs, and what of virtio has no driver yet; and where there
 /// are instructions for AES (KVM, not our emulated processor) the processor, whose crypto modules are loaded by that. The other
