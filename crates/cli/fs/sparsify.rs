@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use diskmill::convert::{ConvertOptions, Monitor, TargetFormat};
+use diskmill::convert::{ConvertOptions, TargetFormat, convert_unnamed};
 use diskmill::{Format, Image};
 use diskmill_guestfs::Command;
 use serde_json::json;
@@ -15,7 +15,10 @@ use super::copy::host_failure;
 use super::guest::{Access, Guest};
 use super::output::print_json;
 use super::reply::{pairs, texts};
+use super::watch;
+use crate::args::ProgressArgs;
 use crate::exit::{Exit, Failure};
+use crate::job;
 use crate::names;
 use crate::size::human_size;
 
@@ -40,6 +43,10 @@ pub(crate) struct SparsifyArgs {
     /// Change IMAGE itself
     #[arg(long)]
     pub(crate) in_place: bool,
+
+    /// Replace TARGET if it exists
+    #[arg(long, conflicts_with = "in_place")]
+    pub(crate) force: bool,
 
     /// Format of TARGET [default: that of IMAGE]
     #[arg(short = 'O', long, value_name = "FMT", conflicts_with = "in_place")]
@@ -140,6 +147,9 @@ fn copy(args: &SparsifyArgs, target: &Path) -> Result<(Vec<String>, u64), Failur
             "--keep is not supported with a TARGET, which is new: only with --in-place",
         ));
     }
+    if target.exists() && !args.force {
+        return Err(Failure::failed(format!("{target:?} exists: --force replaces it")));
+    }
     let source = Image::open(&args.file, &args.image.open.options(args.image.format))?;
     let name = match &args.target_format {
         Some(format) => format.clone(),
@@ -152,14 +162,17 @@ fn copy(args: &SparsifyArgs, target: &Path) -> Result<(Vec<String>, u64), Failur
             "sparsifying into {name} is not supported: use -O raw, -O qcow2 or -O vmdk"
         )));
     };
-    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let work = tempfile::Builder::new().prefix(".diskmill-").tempdir_in(folder);
-    let work = work.map_err(|error| host_failure(folder, &error))?;
-    // A VMDK names itself.
-    let fresh = work.path().join(target.file_name().unwrap_or("copy".as_ref()));
     let options = ConvertOptions { format: target_format, ..ConvertOptions::default() };
-    diskmill::convert::convert(&[source], fresh.clone().into(), &options, &Monitor::new())?;
-    let trimmed = trim(&ImageArgs { format: Some(format), ..args.image.clone() }, &fresh)?;
-    std::fs::rename(&fresh, target).map_err(|error| host_failure(target, &error))?;
+    let progress = ProgressArgs { show: false, mode: None, quiet: args.image.quiet };
+    // A signal between the copy and the appliance counts, too.
+    watch::install()?;
+    let (_, fresh) = job::run(
+        &progress,
+        args.image.json,
+        |_| Exit::Failed,
+        |monitor| convert_unnamed(&[source], target, &options, monitor),
+    )?;
+    let trimmed = trim(&ImageArgs { format: Some(format), ..args.image.clone() }, fresh.path())?;
+    fresh.publish(true)?;
     Ok((trimmed, allocated(target)?))
 }

@@ -5,6 +5,7 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use diskmill::unlink_all_pending;
 use diskmill_guestfs::{Builder, Cancel, Error, Event, Listener, Options, Settings, WatchdogCommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::iterator::Signals;
@@ -51,6 +52,7 @@ fn cancel() -> Result<Cancel, Failure> {
                 if RECEIVED.swap(signal, Relaxed) == 0 {
                     theirs.cancel();
                 } else {
+                    unlink_all_pending();
                     // The keeper sees us end, and ends the appliance.
                     eprintln!("diskmill: interrupted");
                     std::process::exit(Exit::Signal(signal).code().into());

@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use diskmill::convert::{Compression, ConvertOptions, Monitor, TargetFormat, convert};
-use diskmill::{Image, OpenOptions};
+use diskmill::convert::{Compression, ConvertOptions, Monitor, TargetFormat, convert, convert_unnamed};
+use diskmill::{Image, Kind, OpenOptions};
 
 /// Compressible text, noise and holes, with an odd tail.
 fn sample(len: usize) -> Vec<u8> {
@@ -88,4 +88,33 @@ fn there_and_back() {
         run(&image, &back, &ConvertOptions::default());
         assert!(std::fs::read(&back).unwrap() == bytes, "{options:?} {compress}");
     }
+}
+
+#[test]
+fn an_unnamed_image_is_worked_on_beside_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, target) = (dir.path().join("a.raw"), dir.path().join("b.raw"));
+    let bytes = sample(1 << 20);
+    std::fs::write(&raw, &bytes).unwrap();
+    std::fs::write(&target, "old").unwrap();
+    let source = [Image::open(&raw, &OpenOptions::default()).unwrap()];
+    let options = ConvertOptions::default();
+    let to = |path: &Path| convert_unnamed(&source, path, &options, &Monitor::new());
+    let names = || std::fs::read_dir(dir.path()).unwrap().count();
+    let (_, dropped) = to(&target).unwrap();
+    assert_eq!((names(), std::fs::read(dropped.path()).unwrap() == bytes), (3, true));
+    drop(dropped);
+    assert_eq!((names(), std::fs::read(&target).unwrap()), (2, b"old".to_vec()));
+
+    let (_, fresh) = to(&target).unwrap();
+    let file = std::fs::File::options().write(true).open(fresh.path()).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"worked on", 0).unwrap();
+    fresh.publish(true).unwrap();
+    let got = std::fs::read(&target).unwrap();
+    assert!(names() == 2 && got.starts_with(b"worked on") && got[9..] == bytes[9..]);
+
+    for (wrong, kind) in [(&raw, Kind::Invalid), (&dir.path().to_owned(), Kind::Unsupported)] {
+        assert_eq!(to(wrong).err().unwrap().kind(), kind);
+    }
+    assert_eq!(names(), 2);
 }

@@ -139,7 +139,73 @@ pub fn convert<'a>(
     monitor: &Monitor,
 ) -> Result<Summary> {
     let started = Instant::now();
-    let input = input.into();
+    let (summary, target) = run(input.into(), output, options, monitor, started, Naming::AtOnce)?;
+    target.map_or(Ok(()), |target| target.publish(options.sync))?;
+    monitor.finish();
+    Ok(Summary { seconds: started.elapsed().as_secs_f64(), ..summary })
+}
+
+/// As [`convert`] to a new file at `path`, which the caller goes on working on before it gets its name.
+///
+/// # Errors
+/// As [`convert`]; [`Kind::Unsupported`](crate::Kind::Unsupported) if `path` is a device or the output takes several files;
+/// [`Kind::Invalid`](crate::Kind::Invalid) without [`ConvertOptions::create`].
+pub fn convert_unnamed<'a>(
+    input: impl Into<Input<'a>>,
+    path: impl Into<PathBuf>,
+    options: &ConvertOptions,
+    monitor: &Monitor,
+) -> Result<(Summary, Unnamed)> {
+    let path = path.into();
+    if !options.create {
+        return Err(Error::invalid("an existing image has its name already").of(&path));
+    }
+    // Nothing of a device is touched.
+    if std::fs::metadata(&path).is_ok_and(|meta| !meta.is_file()) {
+        return Err(Error::unsupported("an output that exists and is not a regular file").of(&path));
+    }
+    let output = Output::Path(path);
+    let (summary, target) = run(input.into(), output, options, monitor, Instant::now(), Naming::Later)?;
+    let target = target.ok_or_else(|| Error::invalid("an output without a file of its own"))?;
+    monitor.finish();
+    Ok((summary, Unnamed(target)))
+}
+
+/// A whole image under a temporary name, beside the one that [`publish`](Self::publish) gives it. Dropped before that, it is
+/// removed.
+pub struct Unnamed(Target);
+
+impl Unnamed {
+    /// The temporary name. The file may be changed, but not replaced.
+    pub fn path(&self) -> &Path {
+        self.0.temporary_path().unwrap_or(Path::new(""))
+    }
+
+    /// Gives the image its name, replacing what had it. With `sync`, content and name are durable when this returns.
+    ///
+    /// # Errors
+    /// [`Kind::Io`](crate::Kind::Io); the old file is still there then, or none.
+    pub fn publish(self, sync: bool) -> Result<()> {
+        self.0.publish(sync)
+    }
+}
+
+/// When the output gets its name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Naming {
+    AtOnce,
+    Later,
+}
+
+/// Converts up to the output's name. Nothing is left to be named where an existing image was filled.
+fn run(
+    input: Input<'_>,
+    output: Output,
+    options: &ConvertOptions,
+    monitor: &Monitor,
+    started: Instant,
+    naming: Naming,
+) -> Result<(Summary, Option<Target>)> {
     let mut options = options.clone();
     let size = match &input {
         Input::Images(images) => Some(total_size(images)?),
@@ -167,13 +233,17 @@ pub fn convert<'a>(
             match found.map_err(|error| error.of(path))? {
                 Existing::Empty(size) => Some(size),
                 Existing::Holding(image) => {
-                    return fill_holding(input, (*image, path), carried, &options, monitor, started);
+                    let filled = fill_holding(input, (*image, path), carried, &options, monitor, started)?;
+                    return Ok((filled, None));
                 }
             }
         }
         _ => None,
     };
     let target = Target::open(output, &mut options, sources, size, adopted)?;
+    if naming == Naming::Later && target.temporary_path().is_none() {
+        return Err(Error::unsupported("working on an output of several files before they have their names"));
+    }
     let assembler = target.assembler(&options, size)?;
     if let Some(size) = size {
         assembler.check_size(size)?;
@@ -232,10 +302,8 @@ pub fn convert<'a>(
     placer.finish(size, &options, monitor)?;
     drop(placer);
     target.add_bitmaps(&carried.bitmaps)?;
-    target.publish(&options)?;
-    monitor.finish();
 
-    Ok(Summary {
+    let summary = Summary {
         virtual_size: size,
         engine: plan.kind,
         engine_reason: plan.reason,
@@ -244,7 +312,8 @@ pub fn convert<'a>(
         bad_ranges: merged(bad),
         skipped_bitmaps: carried.skipped,
         ..Summary::of_bytes(monitor)
-    })
+    };
+    Ok((summary, Some(target)))
 }
 
 /// Writes into an image that holds something (`-n`).

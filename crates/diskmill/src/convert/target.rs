@@ -437,17 +437,23 @@ impl Target {
             .map_err(|error| error.of(&self.path))
     }
 
-    /// Gives new files their names.
-    pub(super) fn publish(self, options: &ConvertOptions) -> Result<()> {
+    /// Where the output is until it has its name, if it is one new file.
+    pub(super) fn temporary_path(&self) -> Option<&Path> {
+        match &self.main {
+            Main::Pending(_, pending) if self.others.is_empty() => Some(pending.temporary_path()),
+            _ => None,
+        }
+    }
+
+    /// Gives new files their names. With `sync` they are durable.
+    pub(super) fn publish(self, sync: bool) -> Result<()> {
         let Self { main, others, path, .. } = self;
         // The image itself last: it must not name a file that is not there.
         for pending in others.into_iter().map(|(_, pending)| pending).chain(match main {
             Main::Pending(_, pending) => Some(pending),
             Main::Existing(_) | Main::Stream(_) => None,
         }) {
-            pending
-                .publish(options.sync)
-                .map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
+            pending.publish(sync).map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
         }
         Ok(())
     }
