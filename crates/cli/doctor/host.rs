@@ -116,6 +116,13 @@ pub(super) fn io_uring() -> Check {
 
 pub(super) fn reflink(args: &DoctorArgs) -> Check {
     let path = args.path.display();
+    if let Err(error) = args.path.metadata() {
+        return Check::problem(
+            Topic::Reflink,
+            format!("{path}: {error}"),
+            "name a folder that is there with --path",
+        );
+    }
     match diskmill::reflinks_in(&args.path) {
         Ok(()) => Check::ok(Topic::Reflink, format!("files in {path} can share blocks")),
         Err(error) => Check::note(
