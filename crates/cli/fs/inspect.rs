@@ -56,12 +56,8 @@ pub(crate) fn inspect(args: &InspectArgs) -> Result<Exit, Failure> {
     let many = &args.many;
     let inspected = many::each(many, |file| systems(many, file, args.apps));
     if many.image.json {
-        let found = many.files.iter().zip(&inspected);
-        let value = found.filter_map(|(file, systems)| {
-            let systems: Value = systems.as_ref().ok()?.iter().map(System::json).collect();
-            Some(json!({ "image": file.to_string_lossy(), "operating-systems": systems }))
-        });
-        print_json(&value.collect())?;
+        let all = |systems: &Vec<System>| systems.iter().map(System::json).collect();
+        print_json(&many::values(&many.files, &inspected, "operating-systems", all))?;
     } else {
         let text = many::texts(&many.files, &inspected, |systems| {
             systems.iter().map(System::text).collect::<Vec<_>>().join("\n")

@@ -119,13 +119,8 @@ fn show(
     table: impl Fn(&[Volume]) -> Table,
 ) -> Result<Exit, Failure> {
     if args.image.json {
-        let found =
-            args.files.iter().zip(scanned).filter_map(|(file, volumes)| Some((file, volumes.as_ref().ok()?)));
-        let value = found.map(|(file, volumes)| {
-            let volumes: Value = volumes.iter().map(Volume::json).collect();
-            json!({ "image": file.to_string_lossy(), key: volumes })
-        });
-        print_json(&value.collect())?;
+        let all = |volumes: &Vec<Volume>| volumes.iter().map(Volume::json).collect();
+        print_json(&many::values(&args.files, scanned, key, all))?;
     } else {
         let text = many::texts(&args.files, scanned, |volumes| table(volumes).text());
         io::stdout().write_all(text.as_bytes())?;

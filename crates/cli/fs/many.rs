@@ -5,6 +5,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
+use serde_json::{Value, json};
+
 use super::args::ManyArgs;
 use super::memory;
 use crate::exit::{Exit, Failure};
@@ -71,6 +73,33 @@ pub(crate) fn texts<T>(
     texts.join("\n")
 }
 
+/// One JSON object for each image: what was found, as `key`, or the error.
+pub(crate) fn values<T>(
+    files: &[PathBuf],
+    results: &[Result<T, Failure>],
+    key: &str,
+    value: impl Fn(&T) -> Value,
+) -> Value {
+    let one = |(file, result): (&PathBuf, &Result<T, Failure>)| {
+        let image = file.to_string_lossy();
+        match result {
+            Ok(found) => json!({ "image": image, key: value(found) }),
+            Err(failure) => {
+                let message = failure.message.as_deref().unwrap_or_default();
+                json!({ "image": image, "error": without_name(file, message) })
+            }
+        }
+    };
+    files.iter().zip(results).map(one).collect()
+}
+
+/// An error's text without the image's name in front, which the library quotes and the session does not.
+fn without_name<'m>(file: &Path, message: &'m str) -> &'m str {
+    let plain = names::shown(&file.to_string_lossy()).into_owned();
+    let rest = message.strip_prefix(&plain).or_else(|| message.strip_prefix(&format!("{file:?}")));
+    rest.and_then(|rest| rest.strip_prefix(": ")).unwrap_or(message)
+}
+
 /// The end of the program: the error of the only image, or each error under its image's name and a failure.
 pub(crate) fn outcome<T>(files: &[PathBuf], results: &[Result<T, Failure>]) -> Result<Exit, Failure> {
     let mut worst = None;
@@ -79,7 +108,11 @@ pub(crate) fn outcome<T>(files: &[PathBuf], results: &[Result<T, Failure>]) -> R
         if let Some(message) = &failure.message {
             match files.len() {
                 1 => eprintln!("diskmill: {message}"),
-                _ => eprintln!("diskmill: {}: {message}", names::shown(&file.to_string_lossy())),
+                _ => eprintln!(
+                    "diskmill: {}: {}",
+                    names::shown(&file.to_string_lossy()),
+                    without_name(file, message)
+                ),
             }
         }
         worst = Some(failure.exit);
@@ -90,6 +123,12 @@ pub(crate) fn outcome<T>(files: &[PathBuf], results: &[Result<T, Failure>]) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_names_its_image_once() {
+        let of = |message: &'static str| without_name(Path::new("a b"), message);
+        assert_eq!([of("a b: x"), of("\"a b\": x"), of("a b c: x"), of("y")], ["x", "x", "a b c: x", "y"]);
+    }
 
     #[test]
     fn memory_bounds_the_sessions() {
