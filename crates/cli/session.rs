@@ -10,6 +10,7 @@ use crate::exit::{Exit, Failure};
 use crate::fs::args::GuestArgs;
 use crate::fs::failure::failure;
 use crate::fs::guest::{Access, Guest};
+use crate::fs::headings::arranged;
 use crate::fs::kept::{closed, is_writable};
 use crate::fs::leftovers;
 use crate::fs::output::print_json;
@@ -29,7 +30,7 @@ used it for a while (--idle-timeout), when the image was changed, and when a com
 One on an encrypted image is open to those commands without the passphrase.";
 
 #[derive(Debug, Args)]
-#[command(before_help = EXAMPLES, after_help = NOTES)]
+#[command(before_help = EXAMPLES, after_help = NOTES, mut_subcommands(arranged))]
 pub(crate) struct SessionArgs {
     #[command(subcommand)]
     verb: Verb,
@@ -63,6 +64,9 @@ struct ListArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "diskmill session stop [OPTIONS] <ID>...\n       diskmill session stop [OPTIONS] --all"
+)]
 struct StopArgs {
     /// Names of sessions, as `session list` shows them
     #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
@@ -116,6 +120,10 @@ fn list(args: &ListArgs) -> Result<Exit, Failure> {
     let all = Kept::list();
     if args.json {
         return print_json(&all.iter().map(described).collect());
+    }
+    if all.is_empty() {
+        eprintln!("diskmill: no session is kept");
+        return Ok(Exit::Done);
     }
     let mut table = Table::new(&["ID", "ACCESS", ">IDLE", ">ENDS AFTER", "IMAGE"]);
     for kept in &all {

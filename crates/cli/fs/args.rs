@@ -5,18 +5,22 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
-use diskmill::{Format, parse_size};
+use diskmill::{Format, OpenOptions, parse_size};
 
+use super::copy::readable;
 use super::customize::{CustomizeArgs, SysprepArgs};
 use super::diff::DiffArgs;
 use super::grow::GrowArgs;
+use super::guest::Access;
+use super::headings::arranged;
 use super::pack::Owner;
 use super::prepare::PrepareArgs;
 use super::registry::RegistryVerb;
 use super::settings::SettingsArgs;
 use super::sparsify::SparsifyArgs;
 use super::tools::{MountArgs, ScriptArgs, ShellArgs, UmountArgs};
-use crate::args::OpenArgs;
+use crate::args::{OpenArgs, snapshot_ref};
+use crate::exit::Failure;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,7 +38,7 @@ Exit codes: 0 done; 1 error, or `diff` found differences; 2 wrong usage; `run` a
 128 + n: ended by signal n. `diskmill doctor` tells what the machine lacks.";
 
 #[derive(Debug, Args)]
-#[command(before_help = EXAMPLES, after_help = CODES)]
+#[command(before_help = EXAMPLES, after_help = CODES, mut_subcommands(arranged))]
 pub(crate) struct FsArgs {
     #[command(subcommand)]
     pub(crate) verb: Verb,
@@ -109,6 +113,11 @@ pub(crate) struct ImageArgs {
     #[command(flatten)]
     pub(crate) open: OpenArgs,
 
+    /// Look into an internal snapshot of a qcow2 image: its id or name, or snapshot.id=ID,snapshot.name=NAME (`diff`: that of
+    /// the first image)
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+
     /// Passphrase of LUKS volumes: `prompt` or `file:PATH`, for one volume DEVICE:prompt or DEVICE:file:PATH
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Vec<Key>,
@@ -127,6 +136,27 @@ pub(crate) struct ImageArgs {
     /// No remarks: only errors
     #[arg(short = 'q', long)]
     pub(crate) quiet: bool,
+}
+
+impl ImageArgs {
+    /// How the image is opened by us, to be read.
+    pub(crate) fn options(&self) -> OpenOptions {
+        let snapshot = self.snapshot.as_deref().map(snapshot_ref);
+        OpenOptions { snapshot, ..self.open.options(self.format) }
+    }
+
+    /// What can be told to be wrong before the image is opened and an appliance started.
+    ///
+    /// # Errors
+    /// A snapshot to be written, a file of a passphrase that cannot be read.
+    pub(crate) fn check(&self, access: Access) -> Result<(), Failure> {
+        if self.snapshot.is_some() && access == Access::Write {
+            return Err(Failure::usage(
+                "writing to a snapshot is not supported: --snapshot is for commands that only read",
+            ));
+        }
+        self.key.iter().try_for_each(|key| key.source.check())
+    }
 }
 
 /// An image whose file systems are mounted.
@@ -292,6 +322,7 @@ pub(crate) enum FileType {
 }
 
 #[derive(Debug, Args)]
+#[command(override_usage = "diskmill fs get [OPTIONS] <IMAGE> <PATH>... <TARGET>")]
 pub(crate) struct GetArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -311,6 +342,7 @@ pub(crate) struct GetArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(override_usage = "diskmill fs put [OPTIONS] <IMAGE> <PATH>... <TARGET>")]
 pub(crate) struct PutArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
@@ -463,6 +495,16 @@ pub(crate) struct Key {
 pub(crate) enum KeySource {
     Prompt,
     File(PathBuf),
+}
+
+impl KeySource {
+    /// Whether there is something to read.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        match self {
+            Self::Prompt => Ok(()),
+            Self::File(path) => readable(path),
+        }
+    }
 }
 
 impl FromStr for Key {

@@ -433,6 +433,17 @@ pub(crate) fn host_failure(path: &Path, error: &io::Error) -> Failure {
     Failure::failed(format!("{path:?}: {error}"))
 }
 
+/// Looks whether a file of the host can be read, before an appliance is started for it.
+pub(crate) fn readable(path: &Path) -> Result<(), Failure> {
+    let found = fs::metadata(path).and_then(|meta| match meta.is_dir() {
+        true => Err(io::ErrorKind::IsADirectory.into()),
+        // Whoever opens a pipe reads it.
+        false if !meta.is_file() => Ok(()),
+        false => File::open(path).map(drop),
+    });
+    found.map_err(|error| host_failure(path, &error))
+}
+
 fn exists(path: &Path, error: &io::Error) -> Failure {
     if error.kind() == io::ErrorKind::AlreadyExists {
         return Failure::failed(format!("{path:?} exists already; --force replaces files"));

@@ -1,6 +1,7 @@
 //! `customize` and `sysprep`, by virt-customize and virt-sysprep: there is no single call of libguestfs for what they do.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -8,6 +9,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::args::{ImageArgs, KeySource};
+use super::copy::{host_failure, readable};
 use super::drive::Drive;
 use super::external::Tool;
 use super::guest::Access;
@@ -106,22 +108,16 @@ pub(crate) struct CustomizeArgs {
 }
 
 pub(crate) fn customize(args: &CustomizeArgs) -> Result<Exit, Failure> {
+    let (before, passwords, after) = (args.before_passwords(), args.passwords(), args.after_passwords());
+    if before.is_empty() && passwords.is_empty() && after.is_empty() {
+        return Err(Failure::usage("customize is told of nothing to do; see diskmill fs customize --help"));
+    }
+    args.check_files()?;
     let (mut tool, _drive) = image_tool("virt-customize", &args.image, &args.file)?;
     let network = args.network || args.update || !args.install.is_empty();
-    tool.arg(if network { "--network" } else { "--no-network" });
-    if let Some(name) = &args.hostname {
-        tool.arg("--hostname").arg(name);
-    }
-    if let Some(zone) = &args.timezone {
-        tool.arg("--timezone").arg(zone);
-    }
-    for user in &args.user {
-        tool.arg("--run-command").arg(format!("useradd --create-home -- {user}"));
-    }
-    let root = args.root_password.iter().map(|password| (None, password));
-    let passwords = root.chain(args.password.iter().map(|(user, password)| (Some(user), password)));
+    tool.arg(if network { "--network" } else { "--no-network" }).args(before);
     for (user, password) in passwords {
-        let selector = password.selector(&mut tool, user.map_or("root", String::as_str))?;
+        let selector = password.selector(&mut tool, user.unwrap_or("root"))?;
         match user {
             None => tool.arg("--root-password").arg(selector),
             Some(user) => {
@@ -131,38 +127,85 @@ pub(crate) fn customize(args: &CustomizeArgs) -> Result<Exit, Failure> {
             }
         };
     }
-    for (user, file) in &args.ssh_key {
-        let mut value = OsString::from(format!("{user}:file:"));
-        value.push(file);
-        tool.arg("--ssh-inject").arg(value);
-    }
-    let values = |values: &[OsString]| values.to_vec();
-    let names = |names: &[String]| names.iter().map(OsString::from).collect::<Vec<_>>();
-    let files = |files: &[PathBuf]| files.iter().map(OsString::from).collect::<Vec<_>>();
-    let steps = [
-        ("--mkdir", values(&args.mkdir)),
-        ("--copy-in", values(&args.copy_in)),
-        ("--upload", values(&args.upload)),
-        ("--install", names(&args.install)),
-        ("--uninstall", names(&args.remove)),
-        ("--run", files(&args.run)),
-        ("--run-command", values(&args.run_command)),
-        ("--firstboot", files(&args.first_boot)),
-        ("--firstboot-command", values(&args.first_boot_command)),
-        ("--delete", values(&args.delete)),
-    ];
-    for (option, values) in steps {
-        if option == "--install" && args.update {
-            tool.arg("--update");
-        }
-        for value in values {
-            tool.arg(option).arg(value);
-        }
-    }
-    if args.selinux_relabel {
-        tool.arg("--selinux-relabel");
-    }
+    tool.args(after);
     finish(tool, &args.image, &args.file)
+}
+
+impl CustomizeArgs {
+    /// What comes first, in virt-customize's words.
+    fn before_passwords(&self) -> Vec<OsString> {
+        let mut steps: Vec<OsString> = Vec::new();
+        if let Some(name) = &self.hostname {
+            steps.extend(["--hostname".into(), name.into()]);
+        }
+        if let Some(zone) = &self.timezone {
+            steps.extend(["--timezone".into(), zone.into()]);
+        }
+        for user in &self.user {
+            steps.extend(["--run-command".into(), format!("useradd --create-home -- {user}").into()]);
+        }
+        steps
+    }
+
+    /// Whose password becomes what; `None` is root.
+    fn passwords(&self) -> Vec<(Option<&str>, &Password)> {
+        let root = self.root_password.iter().map(|password| (None, password));
+        root.chain(self.password.iter().map(|(user, password)| (Some(user.as_str()), password))).collect()
+    }
+
+    fn after_passwords(&self) -> Vec<OsString> {
+        let mut steps: Vec<OsString> = Vec::new();
+        for (user, file) in &self.ssh_key {
+            let mut value = OsString::from(format!("{user}:file:"));
+            value.push(file);
+            steps.extend(["--ssh-inject".into(), value]);
+        }
+        each(&mut steps, "--mkdir", &self.mkdir);
+        each(&mut steps, "--copy-in", &self.copy_in);
+        each(&mut steps, "--upload", &self.upload);
+        if self.update {
+            steps.push("--update".into());
+        }
+        each(&mut steps, "--install", &self.install);
+        each(&mut steps, "--uninstall", &self.remove);
+        each(&mut steps, "--run", &self.run);
+        each(&mut steps, "--run-command", &self.run_command);
+        each(&mut steps, "--firstboot", &self.first_boot);
+        each(&mut steps, "--firstboot-command", &self.first_boot_command);
+        each(&mut steps, "--delete", &self.delete);
+        if self.selinux_relabel {
+            steps.push("--selinux-relabel".into());
+        }
+        steps
+    }
+
+    /// Looks for the files of the host before an appliance is started for them.
+    fn check_files(&self) -> Result<(), Failure> {
+        self.passwords().into_iter().try_for_each(|(_, password)| match password {
+            Password::From(source) => source.check(),
+            Password::Random | Password::Disabled | Password::Locked => Ok(()),
+        })?;
+        let keys = self.ssh_key.iter().map(|(_, file)| file);
+        keys.chain(&self.run).chain(&self.first_boot).try_for_each(|file| readable(file))?;
+        self.upload.iter().try_for_each(|pair| readable(host_part(pair, "--upload takes FILE:NAME")?))?;
+        self.copy_in.iter().try_for_each(|pair| {
+            let path = host_part(pair, "--copy-in takes PATH:FOLDER")?;
+            path.metadata().map(drop).map_err(|error| host_failure(path, &error))
+        })
+    }
+}
+
+/// Adds the option with each of its values.
+fn each(steps: &mut Vec<OsString>, option: &str, values: &[impl AsRef<OsStr>]) {
+    steps.extend(values.iter().flat_map(|value| [option.into(), value.as_ref().to_owned()]));
+}
+
+/// The file of the host in what virt-customize cuts at the first colon.
+fn host_part<'p>(pair: &'p OsStr, usage: &str) -> Result<&'p Path, Failure> {
+    let bytes = pair.as_bytes();
+    let colon = bytes.iter().position(|&byte| byte == b':');
+    let file = colon.and_then(|colon| bytes.get(..colon)).filter(|file| !file.is_empty());
+    file.map(|file| Path::new(OsStr::from_bytes(file))).ok_or_else(|| Failure::usage(usage))
 }
 
 #[derive(Debug, Args)]

@@ -24,7 +24,7 @@ use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 use super::args::ImageArgs;
 use super::guest::Access;
 use super::kept;
-use crate::args::OpenArgs;
+use crate::args::{OpenArgs, snapshot_ref};
 use crate::exit::{Exit, Failure};
 use crate::{say, secrets};
 
@@ -65,10 +65,11 @@ impl Drive {
         access: Access,
         outlives: bool,
     ) -> Result<Self, Failure> {
+        args.check(access)?;
         if access == Access::Write {
             make_way(file, args.quiet)?;
         }
-        let image = Image::open(file, &args.open.options(args.format))?;
+        let image = Image::open(file, &args.options())?;
         for warning in image.warnings().iter().filter(|_| !args.quiet) {
             say::warning(warning);
         }
@@ -127,6 +128,9 @@ impl Drive {
         command.arg(COMPANION).args(args.open.arguments()).arg("--unix").arg(&socket);
         if writable {
             command.arg("--writable");
+        }
+        if let Some(snapshot) = &args.snapshot {
+            command.arg("--snapshot").arg(snapshot);
         }
         if let Some(format) = args.format {
             command.arg("-f").arg(format.name());
@@ -267,6 +271,8 @@ pub(crate) struct CompanionArgs {
     unix: PathBuf,
     #[arg(long)]
     writable: bool,
+    #[arg(long)]
+    snapshot: Option<String>,
     file: PathBuf,
 }
 
@@ -283,7 +289,9 @@ fn serve_process(args: &CompanionArgs) -> Result<Exit, Failure> {
     let mut stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let keys = secrets::receive(&mut stdin)?;
     let image = {
-        let options = OpenOptions { writable: args.writable, keys, ..args.open.options(args.format) };
+        let snapshot = args.snapshot.as_deref().map(snapshot_ref);
+        let options =
+            OpenOptions { writable: args.writable, snapshot, keys, ..args.open.options(args.format) };
         Image::open(&args.file, &options)?
     };
     let failed = |error: io::Error| Failure::failed(format!("cannot serve {:?}: {error}", args.file));

@@ -1,7 +1,7 @@
 //! libguestfs' own programs, where a verb is one of them: guestfish, guestmount, virt-customize and their like.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command as Process, ExitStatus, Output};
 use std::thread::sleep;
@@ -15,6 +15,10 @@ use super::keys;
 use super::settings::{SettingsArgs, settings};
 use super::watch;
 use crate::exit::{Exit, Failure};
+use crate::names;
+
+/// What is read of a tool's messages, in bytes.
+const MAX_SAID: u64 = 1 << 20;
 
 /// How often a child is looked after.
 const TICK: Duration = Duration::from_millis(50);
@@ -23,6 +27,8 @@ const TICK: Duration = Duration::from_millis(50);
 pub(crate) struct Tool {
     name: &'static str,
     process: Process,
+    /// The user wants to see what libguestfs does while it does it.
+    verbose: bool,
     /// Passphrases, in files for us alone; removed when the tool has ended.
     secrets: Vec<tempfile::NamedTempFile>,
 }
@@ -32,7 +38,7 @@ impl Tool {
         let (settings, _) = settings(args)?;
         let mut process = Process::new(name);
         set_environment(&mut process, &settings);
-        Ok(Self { name, process, secrets: Vec::new() })
+        Ok(Self { name, process, verbose: settings.debug || settings.trace, secrets: Vec::new() })
     }
 
     pub(crate) fn arg(&mut self, arg: impl AsRef<OsStr>) -> &mut Self {
@@ -52,6 +58,7 @@ impl Tool {
     /// `--key` for each volume. A passphrase stands in a file, never among the arguments.
     pub(crate) fn keys(&mut self, keys: &[Key]) -> Result<&mut Self, Failure> {
         for key in keys {
+            key.source.check()?;
             let Some(device) = &key.device else {
                 return Err(Failure::usage(format!(
                     "{} must be told which volume a passphrase is for: --key DEVICE:prompt or --key DEVICE:file:PATH",
@@ -126,12 +133,56 @@ impl Tool {
         self.process.output().map_err(|error| not_started(self.name, &error))
     }
 
-    /// Runs it; anything but success is an error, which the tool has explained on standard error.
-    pub(crate) fn run_well(self) -> Result<(), Failure> {
+    /// Runs it; anything but success is an error, explained by what the tool says on standard error.
+    pub(crate) fn run_well(mut self) -> Result<(), Failure> {
         let name = self.name;
+        if self.verbose {
+            let status = self.run()?;
+            return if status.success() { Ok(()) } else { Err(failed(name, status, "")) };
+        }
+        let failed_to = |error: io::Error| Failure::failed(format!("cannot make a file: {error}"));
+        let mut said = tempfile::tempfile().map_err(failed_to)?;
+        self.process.stderr(said.try_clone().map_err(failed_to)?);
         let status = self.run()?;
-        if status.success() { Ok(()) } else { Err(Failure::failed(format!("{name} failed ({status})"))) }
+        let mut text = Vec::new();
+        said.rewind().and_then(|()| said.take(MAX_SAID).read_to_end(&mut text)).map_err(failed_to)?;
+        let text = String::from_utf8_lossy(&text);
+        let (before, error) = if status.success() { (&*text, "") } else { parts(name, &text) };
+        for line in before.lines() {
+            eprintln!("{}", names::shown(line));
+        }
+        if status.success() { Ok(()) } else { Err(failed(name, status, error)) }
     }
+}
+
+/// Where the advice of libguestfs and its tools begins, which is about reporting bugs.
+const ADVICE: [&str; 3] =
+    ["To see full error messages", "If reporting bugs", "This usually means the libguestfs appliance"];
+
+/// What a tool said besides its error, such as the output of a script in the guest, and its error, advice and all.
+fn parts<'s>(name: &str, said: &'s str) -> (&'s str, &'s str) {
+    let start = said.find(&format!("{name}: error: ")).unwrap_or(0);
+    said.split_at_checked(start).unwrap_or(("", said))
+}
+
+/// A tool's failure: its error in one line without the advice, and for an appliance that does not start the check that
+/// explains it.
+pub(crate) fn failed(name: &str, status: ExitStatus, error: &str) -> Failure {
+    let advised = ADVICE.iter().filter_map(|advice| error.find(advice)).min();
+    let reason = advised.and_then(|at| error.get(..at)).unwrap_or(error);
+    let own = format!("{name}: ");
+    let reason = reason.trim().strip_prefix(&own).unwrap_or(reason).trim();
+    let reason = reason.strip_prefix("error: ").unwrap_or(reason);
+    let lines: Vec<&str> = reason.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut message = match lines.as_slice() {
+        [] => format!("{name} failed ({status})"),
+        lines => format!("{name}: {}", names::shown(&lines.join("; "))),
+    };
+    if error.contains("LIBGUESTFS_DEBUG") {
+        let checks = if reason.contains("supermin") { " kernel supermin cache" } else { "" };
+        message.push_str(&format!("; `diskmill doctor{checks}` tells what this machine lacks"));
+    }
+    Failure::failed(message)
 }
 
 fn wait(child: &mut Child) -> io::Result<ExitStatus> {

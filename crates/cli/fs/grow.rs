@@ -26,7 +26,7 @@ pub(crate) struct GrowArgs {
     pub(crate) file: PathBuf,
 
     /// New size of the disk, or +SIZE; without it only partition and file system grow
-    #[arg(value_name = "SIZE")]
+    #[arg(value_name = "SIZE", allow_hyphen_values = true)]
     pub(crate) size: Option<String>,
 
     /// The partition to grow [default: the last one]
@@ -45,6 +45,7 @@ const SECTOR: u64 = 512;
 const ALIGNMENT: u64 = 2048;
 
 pub(crate) fn grow(args: &GrowArgs) -> Result<Exit, Failure> {
+    args.image.check(Access::Write)?;
     make_way(&args.file, args.image.quiet)?;
     let options = args.image.open.options(args.image.format);
     let old_size = Image::open(&args.file, &options)?.size();
@@ -78,6 +79,12 @@ pub(crate) fn grow(args: &GrowArgs) -> Result<Exit, Failure> {
 /// The size that was typed, or that the disk shall have more. Whole sectors.
 fn wanted_size(text: &str, old: u64) -> Result<u64, Failure> {
     let wrong = |why: &str| Failure::usage(format!("the size {text:?} {why}"));
+    if let Some(less) = text.strip_prefix('-') {
+        return Err(match less.starts_with(|char: char| char.is_ascii_digit()) {
+            true => wrong("would make the disk smaller: grow only grows; shrinking is not supported here"),
+            false => Failure::usage(format!("unexpected argument {text:?}; see diskmill fs grow --help")),
+        });
+    }
     let (more, number) = match text.strip_prefix('+') {
         Some(number) => (true, number),
         None => (false, text),
@@ -201,7 +208,9 @@ mod tests {
     fn sizes_are_absolute_or_more() {
         assert_eq!(wanted_size("2M", 1 << 20).unwrap(), 2 << 20);
         assert_eq!(wanted_size("+1000", 1 << 20).unwrap(), (1 << 20) + 1024);
-        for wrong in ["", "+", "1k", "x", "+9223372036854775807"] {
+        let said = |text: &str| wanted_size(text, 1 << 20).unwrap_err().message.unwrap();
+        assert!(said("-1G").contains("only grows") && said("--jsn").contains("unexpected argument"));
+        for wrong in ["", "+", "1k", "x", "-1k", "+9223372036854775807"] {
             assert!(wanted_size(wrong, u64::MAX / 2 + 512).is_err(), "{wrong}");
         }
     }

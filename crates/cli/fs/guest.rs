@@ -67,6 +67,7 @@ impl Guest {
 
     /// Opens a session, or attaches to the one that is kept, with LUKS volumes opened.
     fn open(args: &ImageArgs, file: &Path, access: Access) -> Result<Self, Failure> {
+        args.check(access)?;
         if args.keep && access == Access::Discard {
             return Err(Failure::usage(
                 "--keep is not supported with --discard: what is thrown away would stay",

@@ -27,6 +27,8 @@ const RETRY: Duration = Duration::from_millis(50);
 
 /// What the state of an image begins with where its server writes; no digest does.
 const WRITER: &str = "w";
+/// What the name of a lock ends with.
+pub(crate) const LOCK: &str = ".lock";
 const SERVER_ENDED: &str = "the server of its image has ended";
 
 /// What an image is to the sessions on it. A session that reads through a server has it as the name of the socket, so that
@@ -61,6 +63,7 @@ impl Identity {
             options.update(argument.as_encoded_bytes());
             options.update([0]);
         }
+        options.update(args.snapshot.as_deref().unwrap_or_default());
         Ok(Self { file: file_name(&metadata(file)?), state: short(state), options: short(options) })
     }
 
@@ -134,6 +137,9 @@ pub(crate) fn find(
             end(kept, SERVER_ENDED, say)?;
             return Ok(None);
         }
+        if args.snapshot.is_some() {
+            return Err(being_written(kept));
+        }
         if let Some(wanted) = args.format.filter(|wanted| wanted.name() != format) {
             return Err(Failure::failed(format!(
                 "session {} has the image open for writing as {format}, not as {}",
@@ -151,7 +157,7 @@ pub(crate) fn find(
     if access == Access::Write {
         return Ok(None);
     }
-    let options = args.open.options(args.format);
+    let options = args.options();
     // A session that is kept is open to its user without the passphrase.
     let image = Image::open(file, &OpenOptions { locked: options.keys.is_empty(), ..options })?;
     let unreadable = |error| Failure::failed(format!("{}: {error}", names::shown(&file.to_string_lossy())));
@@ -185,16 +191,20 @@ pub(crate) fn make_way(file: &Path, say: &dyn Fn(&str)) -> Result<(), Failure> {
     let prefix = format!("{}-", file_name(&meta));
     for kept in Kept::list() {
         if writes_as(&kept, file).is_some() {
-            let id = kept.id();
-            return Err(Failure::failed(format!(
-                "session {id} has the image open for writing: `diskmill session stop {id}` ends it"
-            )));
+            return Err(being_written(&kept));
         }
         if served_as(&kept).is_some_and(|(_, name)| name.starts_with(&prefix)) {
             end(&kept, "the image is about to be written", say)?;
         }
     }
     Ok(())
+}
+
+fn being_written(kept: &Kept) -> Failure {
+    let id = kept.id();
+    Failure::failed(format!(
+        "session {id} has the image open for writing: `diskmill session stop {id}` ends it"
+    ))
 }
 
 fn end(kept: &Kept, why: &str, say: &dyn Fn(&str)) -> Result<(), Failure> {
@@ -212,18 +222,44 @@ fn end(kept: &Kept, why: &str, say: &dyn Fn(&str)) -> Result<(), Failure> {
     }
 }
 
+/// Given back when dropped.
+pub(crate) struct Starting {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        // While it is locked: who waits for it sees that it has gone.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Whether nobody holds this lock.
+pub(crate) fn is_free(lock: &Path) -> bool {
+    File::open(lock).is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_ok())
+}
+
 /// The right to start a session on an image that is to be kept: of programs that want the same at once, one starts it, and
 /// the others find it. Waits for `limit` at the most.
-pub(crate) fn starting(file: &Path, limit: Duration) -> Result<File, Failure> {
+pub(crate) fn starting(file: &Path, limit: Duration) -> Result<Starting, Failure> {
     let failed = |error: io::Error| Failure::failed(format!("cannot lock the start of a session: {error}"));
-    let name = format!("{}.lock", file_name(&metadata(file).map_err(failed)?));
+    let name = format!("{}{LOCK}", file_name(&metadata(file).map_err(failed)?));
     let path = run_folder().map_err(failed)?.join(name);
-    let lock = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
-    let lock = lock.map_err(failed)?;
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let mut lock = options.open(&path).map_err(failed)?;
     let end = Instant::now() + limit;
     loop {
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(lock),
+            Ok(()) if lock.metadata().map_err(failed)?.nlink() > 0 => {
+                return Ok(Starting { path, _lock: lock });
+            }
+            // Whoever held it has removed it.
+            Ok(()) => {
+                lock = options.open(&path).map_err(failed)?;
+                continue;
+            }
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
             Err(error) => return Err(failed(error.into())),
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::process::geteuid;
 
 use super::drive::{SOCKET, run_folder};
+use super::kept::{LOCK, is_free};
 
 /// A socket this young may be one whose server is about to listen.
 const YOUNG: Duration = Duration::from_secs(1);
@@ -76,7 +77,7 @@ fn guestfish_folder() -> PathBuf {
     PathBuf::from(format!("/tmp/.guestfish-{}", geteuid().as_raw()))
 }
 
-/// The sockets of servers of ours that have ended, and the folders that were made for them.
+/// The sockets of servers of ours that have ended, the folders that were made for them, and locks that nobody holds.
 fn dead_servers() -> Vec<PathBuf> {
     let Ok(folder) = run_folder() else { return Vec::new() };
     let mut dead = Vec::new();
@@ -94,6 +95,7 @@ fn dead_servers() -> Vec<PathBuf> {
             dead.push(path);
         } else if (kind.is_socket() && is_dead(&path))
             || (kind.is_dir() && !socket.exists() && is_older(&path, BOOT_TEST))
+            || (kind.is_file() && is_lock(&path) && is_older(&path, YOUNG) && is_free(&path))
         {
             dead.push(path);
         }
@@ -110,6 +112,10 @@ fn ours(dir: &Path, prefix: &str) -> impl Iterator<Item = (PathBuf, fs::FileType
             let found = entry.path().symlink_metadata().ok()?;
             (found.uid() == geteuid().as_raw()).then(|| (entry.path(), found.file_type()))
         })
+}
+
+fn is_lock(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(LOCK.as_bytes())
 }
 
 /// `socket-PID` of guestfish processes that are gone. Not tried by connecting: that would end a server that lives.

@@ -14,6 +14,7 @@ pub(crate) mod failure;
 mod files;
 mod grow;
 pub(crate) mod guest;
+pub(crate) mod headings;
 mod inspect;
 pub(crate) mod kept;
 mod keys;

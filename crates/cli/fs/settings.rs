@@ -15,7 +15,6 @@ use crate::exit::Failure;
 const IDLE: Duration = Duration::from_secs(15 * 60);
 
 #[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Appliance")]
 pub(crate) struct SettingsArgs {
     /// Memory of the appliance in MiB
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(256..))]

@@ -28,6 +28,8 @@ const SWAP_HEADER: u64 = 64 << 10;
 const UNUSED: &str = "diskmill-unused";
 
 #[derive(Debug, Args)]
+#[command(override_usage = "diskmill fs sparsify [OPTIONS] <IMAGE> <TARGET>\n       \
+                            diskmill fs sparsify [OPTIONS] --in-place <IMAGE>")]
 pub(crate) struct SparsifyArgs {
     #[command(flatten)]
     pub(crate) image: ImageArgs,
@@ -54,6 +56,7 @@ pub(crate) struct SparsifyArgs {
 }
 
 pub(crate) fn sparsify(args: &SparsifyArgs) -> Result<Exit, Failure> {
+    args.image.check(Access::Write)?;
     let before = allocated(&args.file)?;
     let (trimmed, after) = match &args.target {
         None => (trim(&args.image, &args.file)?, allocated(&args.file)?),

@@ -13,13 +13,12 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::args::GuestArgs;
-use super::copy::host_failure;
+use super::copy::{host_failure, readable};
 use super::drive::{Drive, wait_closed};
-use super::external::{Tool, exit_of, not_started};
+use super::external::{Tool, exit_of, failed, not_started};
 use super::guest::Access;
 use super::output::print_json;
 use crate::exit::{Exit, Failure};
-use crate::names;
 
 /// How long guestmount may write back after its file system was unmounted.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(120);
@@ -74,8 +73,12 @@ pub(crate) struct ShellArgs {
 }
 
 pub(crate) fn script(args: &ScriptArgs) -> Result<Exit, Failure> {
+    let from_file = args.script != Path::new("-");
+    if from_file {
+        readable(&args.script)?;
+    }
     let mut tool = guestfish(&args.guest, args.write)?;
-    if args.script != Path::new("-") {
+    if from_file {
         tool.tool.arg("-f").arg(&args.script);
     }
     if !args.guest.image.json {
@@ -134,7 +137,7 @@ pub(crate) fn mount(args: &MountArgs) -> Result<Exit, Failure> {
     let status = tool.run()?;
     if !status.success() {
         let text = fs::read_to_string(said.path()).unwrap_or_default();
-        return Err(Failure::failed(format!("guestmount failed ({status}): {}", names::shown(text.trim()))));
+        return Err(failed("guestmount", status, &text));
     }
     let pid = read_pid(&pid_file).ok_or_else(|| Failure::failed("guestmount does not tell its process"))?;
     if let Some(socket) = drive.socket() {
@@ -157,10 +160,16 @@ pub(crate) fn umount(args: &UmountArgs) -> Result<Exit, Failure> {
     // Not canonicalize: the file system may hang.
     let pid_file = pid_file(&folder)?;
     let (pid, socket) = (read_pid(&pid_file), read_socket(&pid_file));
-    let status = Process::new("guestunmount").arg("--").arg(&folder).status();
-    let status = status.map_err(|error| not_started("guestunmount", &error))?;
-    if !status.success() {
-        return Err(Failure::failed(format!("guestunmount {folder:?} failed ({status})")));
+    if pid.is_none() && !is_mounted(&folder) {
+        return Err(Failure::failed(format!("{folder:?}: nothing is mounted there")));
+    }
+    let output = Process::new("guestunmount").arg("--").arg(&folder).stdin(Stdio::null()).output();
+    let output = output.map_err(|error| not_started("guestunmount", &error))?;
+    if !output.status.success() {
+        // Behind the first line stands what fuser(1) cannot see.
+        let said = String::from_utf8_lossy(&output.stderr);
+        let reason = said.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        return Err(failed("guestunmount", output.status, reason));
     }
     // guestmount(1), "--pid-file": the image is whole when the process has ended.
     let end = Instant::now() + UNMOUNT_LIMIT;
@@ -179,6 +188,31 @@ pub(crate) fn umount(args: &UmountArgs) -> Result<Exit, Failure> {
         return print_json(&json!({ "unmounted": folder.to_string_lossy() }));
     }
     Ok(Exit::Done)
+}
+
+/// Whether something is mounted on this very folder (proc(5), `mountinfo`). The folder itself is not looked at: its file
+/// system may hang.
+fn is_mounted(folder: &Path) -> bool {
+    let Ok(table) = fs::read("/proc/self/mountinfo") else { return true };
+    let real = folder.parent().and_then(|parent| fs::canonicalize(parent).ok());
+    let real = real.zip(folder.file_name()).map(|(parent, name)| parent.join(name));
+    table.split(|&byte| byte == b'\n').any(|line| {
+        let point = line.split(|&byte| byte == b' ').nth(4).map(unescaped).unwrap_or_default();
+        [Some(folder), real.as_deref()].contains(&Some(Path::new(OsStr::from_bytes(&point))))
+    })
+}
+
+/// A field of the kernel's table, where blanks and the like are `\` and three octal digits.
+fn unescaped(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, behind)) = rest.split_first() {
+        let octal = behind.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let code = octal.filter(|_| byte == b'\\').and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(code.unwrap_or(byte));
+        rest = if code.is_some() { behind.get(3..).unwrap_or_default() } else { behind };
+    }
+    out
 }
 
 /// Whether a process has not ended; one that nobody has waited for has.
