@@ -45,6 +45,9 @@ fn each_thing_that_is_missing_is_a_problem_with_its_remedy() {
         ("tmp", ("LIBGUESTFS_TMPDIR", "/nowhere"), "LIBGUESTFS_TMPDIR"),
         ("appliance", ("LIBGUESTFS_PATH", "/nowhere"), "fs prepare --into"),
         ("settings", ("LIBGUESTFS_MEMSIZE", "much"), "whole number"),
+        ("settings", ("LIBGUESTFS_MEMSIZE", "10"), "from 256"),
+        ("settings", ("LIBGUESTFS_SMP", "0"), "from 1 to 255"),
+        ("settings", ("LIBGUESTFS_BACKEND", "foo"), "libvirt:URI"),
     ];
     for (check, env, remedy) in problems {
         let out = run(check, env).run().expect_code(1);
@@ -275,4 +278,31 @@ fn a_start_that_another_program_blocks_says_who_does() {
     let out = list(&["--start-timeout", "6"]);
     assert!(out.err().starts_with("diskmill: the appliance is starting; emulated"), "{out}");
     out.says(&["did not start within 6 s", "`diskmill doctor kvm memory`"]);
+}
+
+#[test]
+fn a_setting_that_cannot_be_meant_is_refused_from_everywhere() {
+    let dir = scratch();
+    let dir = dir.path();
+    fs::File::create(dir.join("a.raw")).unwrap().set_len(1 << 20).unwrap();
+    let list = |options: &[&str], env: (&str, &str)| {
+        let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(["fs", "list", "-f", "raw", "a.raw"]);
+        cmd.args(options).dir(dir).env("XDG_CONFIG_HOME", dir).env(env.0, env.1)
+    };
+    for (option, value, word) in [
+        ("--memsize", "1", "256"),
+        ("--smp", "256", "255"),
+        ("--backend", "foo", "libvirt:URI"),
+        ("--start-timeout", "0", "86400"),
+    ] {
+        list(&[option, value], ("A", "b")).fails(2).says(&[option, word]);
+    }
+    for (name, value) in [("LIBGUESTFS_MEMSIZE", "10"), ("LIBGUESTFS_BACKEND", "foo")] {
+        list(&[], (name, value)).fails(2).says(&[name, value]);
+    }
+    fs::create_dir(dir.join("diskmill")).unwrap();
+    fs::write(dir.join("diskmill/config.toml"), "[fs]\nmemsize = 10\n").unwrap();
+    list(&[], ("A", "b")).fails(2).says(&["config.toml", "memsize", "256"]);
+    let out = doctor(dir).arg("settings").env("XDG_CONFIG_HOME", dir).fails(1);
+    assert!(out.out().contains("config.toml") && out.out().contains("correct it"), "{out}");
 }

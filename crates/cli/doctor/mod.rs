@@ -67,16 +67,21 @@ struct Machine {
     settings: Settings,
     /// Each setting, and where it comes from.
     shown: Vec<Setting>,
+    /// What is wrong with them; they are defaults then.
+    mistake: Option<String>,
     /// Emulation was asked for.
     forced_by_user: bool,
     prepared: Preparation,
 }
 
 impl Machine {
-    fn new(args: &SettingsArgs) -> Result<Self, Failure> {
-        let (settings, shown) = settings::asked_for(args)?;
+    fn new(args: &SettingsArgs) -> Self {
+        let (settings, shown, mistake) = match settings::asked_for(args) {
+            Ok((settings, shown)) => (settings, shown, None),
+            Err(failure) => (Settings::default(), Vec::new(), failure.message),
+        };
         let prepared = Prepared::look();
-        Ok(Self { forced_by_user: settings.forces_emulation(), settings, shown, prepared })
+        Self { forced_by_user: settings.forces_emulation(), settings, shown, mistake, prepared }
     }
 
     fn qemu(&self) -> Option<PathBuf> {
@@ -105,7 +110,7 @@ impl Machine {
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Failure> {
-    let machine = Machine::new(&args.settings)?;
+    let machine = Machine::new(&args.settings);
     let mut checks = Vec::new();
     for topic in topics(args) {
         let check = look(topic, &machine, args);
@@ -158,11 +163,11 @@ fn look(topic: Topic, machine: &Machine, args: &DoctorArgs) -> Check {
 
 /// The settings that somebody has set, and whether they can be what was meant.
 fn shown_settings(machine: &Machine) -> Check {
-    if let Some(wrong) = machine.shown.iter().find(|setting| setting.value.is_none() && setting.is_set()) {
+    if let Some(mistake) = &machine.mistake {
         return Check::problem(
             Topic::Settings,
-            format!("{} is set by {}, but to no value that counts", wrong.name, wrong.from),
-            "give it a whole number, or unset it",
+            mistake,
+            "correct it, or unset it; the other checks go by the defaults",
         );
     }
     let set: Vec<String> =

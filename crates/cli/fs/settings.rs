@@ -2,6 +2,7 @@
 //! suits the machine.
 
 use std::env;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,22 +15,22 @@ use crate::exit::Failure;
 /// How long a kept session waits for the next command.
 const IDLE: Duration = Duration::from_secs(15 * 60);
 
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Default, Clone, Args)]
 pub(crate) struct SettingsArgs {
     /// Memory of the appliance in MiB
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(256..))]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(within(Settings::MEMORY_MIB)))]
     pub(crate) memsize: Option<u32>,
 
     /// Virtual CPUs of the appliance
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(within(Settings::CPUS)))]
     pub(crate) smp: Option<u32>,
 
-    /// libguestfs' backend
-    #[arg(long, value_name = "NAME")]
+    /// libguestfs' backend: direct, libvirt, libvirt:URI or unix:PATH
+    #[arg(long, value_name = "NAME", value_parser = backend)]
     pub(crate) backend: Option<String>,
 
     /// Longest time for the start, in seconds
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(Settings::START_SECS))]
     pub(crate) start_timeout: Option<u64>,
 
     /// Longest time that a call may show no sign of life, in seconds; 0 waits for ever
@@ -41,6 +42,17 @@ pub(crate) struct SettingsArgs {
     pub(crate) idle_timeout: Option<u64>,
 }
 
+/// A range as clap has it.
+fn within(range: RangeInclusive<u32>) -> RangeInclusive<i64> {
+    i64::from(*range.start())..=i64::from(*range.end())
+}
+
+fn backend(name: &str) -> Result<String, String> {
+    let mut settings = Settings::default();
+    name.clone_into(&mut settings.backend);
+    settings.check().map(|()| settings.backend).map_err(|error| error.message().to_owned())
+}
+
 /// The configuration file: `$XDG_CONFIG_HOME/diskmill/config.toml`, by default below `~/.config`.
 #[derive(Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
@@ -50,7 +62,7 @@ struct File {
 }
 
 /// Its table `[fs]`. Times are seconds.
-#[derive(Debug, Default, Deserialize, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct FsTable {
     memsize: Option<u32>,
@@ -68,7 +80,7 @@ struct FsTable {
 /// The settings, and how long a kept session stays idle. Where KVM is there and does not boot, it is not used; an
 /// appliance that is prepared is.
 pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Failure> {
-    let (mut settings, idle) = merge(args, from_file()?, Settings::from_env(), in_env);
+    let (mut settings, idle) = merge(args, from_file()?, from_env()?, in_env);
     if settings.backend_settings.is_none()
         && settings.backend == "direct"
         && kvm::qemu(&settings).is_some_and(|qemu| kvm::verdict(&qemu, false).hangs())
@@ -83,6 +95,10 @@ pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Fail
 
 fn from_file() -> Result<FsTable, Failure> {
     path().map_or(Ok(FsTable::default()), |path| read(&path))
+}
+
+fn from_env() -> Result<Settings, Failure> {
+    Settings::from_env().map_err(|error| Failure::usage(error.to_string()))
 }
 
 fn in_env(name: &str) -> bool {
@@ -116,7 +132,7 @@ const DEFAULT: &str = "default";
 pub(crate) fn asked_for(args: &SettingsArgs) -> Result<(Settings, Vec<Setting>), Failure> {
     let file = from_file()?;
     let shown = origins(args, &file, in_env);
-    let (settings, idle) = merge(args, file, Settings::from_env(), in_env);
+    let (settings, idle) = merge(args, file, from_env()?, in_env);
     let seconds = |time: Duration| Some(time.as_secs().to_string());
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     let flag = |on: bool| Some(on.to_string());
@@ -213,7 +229,12 @@ fn read(path: &Path) -> Result<FsTable, Failure> {
     let failed =
         |error: &dyn std::fmt::Display| Failure::usage(format!("the configuration file {path:?}: {error}"));
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(toml::from_str::<File>(&text).map_err(|error| failed(&error))?.fs),
+        Ok(text) => {
+            let table = toml::from_str::<File>(&text).map_err(|error| failed(&error))?.fs;
+            let (alone, _) = merge(&SettingsArgs::default(), table.clone(), Settings::default(), |_| false);
+            alone.check().map_err(|error| failed(&error))?;
+            Ok(table)
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(FsTable::default()),
         Err(error) => Err(failed(&error)),
     }
@@ -223,15 +244,6 @@ fn read(path: &Path) -> Result<FsTable, Failure> {
 mod tests {
     use super::*;
 
-    const NONE: SettingsArgs = SettingsArgs {
-        memsize: None,
-        smp: None,
-        backend: None,
-        start_timeout: None,
-        call_timeout: None,
-        idle_timeout: None,
-    };
-
     #[test]
     fn flags_beat_the_environment_which_beats_the_file() {
         let file = |text: &str| toml::from_str::<File>(text).unwrap().fs;
@@ -239,7 +251,8 @@ mod tests {
         let mut env = Settings::default();
         env.memory_mib = Some(2000);
         let by = |args| merge(args, file(text), env.clone(), |name| name == "LIBGUESTFS_MEMSIZE");
-        let (settings, idle) = by(&NONE);
+        let none = SettingsArgs::default();
+        let (settings, idle) = by(&none);
         assert_eq!((settings.memory_mib, settings.cpus), (Some(2000), Some(2)));
         assert_eq!((settings.backend.as_str(), settings.call_timeout), ("libvirt", None));
         assert_eq!(idle, Duration::from_secs(5));
@@ -247,7 +260,7 @@ mod tests {
             memsize: Some(3000),
             backend: Some("direct".into()),
             call_timeout: Some(9),
-            ..NONE
+            ..SettingsArgs::default()
         };
         let (settings, _) = by(&args);
         assert_eq!((settings.memory_mib, settings.backend.as_str()), (Some(3000), "direct"));
@@ -257,7 +270,7 @@ mod tests {
     #[test]
     fn each_setting_tells_where_it_comes_from() {
         let file: FsTable = toml::from_str("memsize = 1000\nsmp = 2\nbackend = 'libvirt'").unwrap();
-        let args = SettingsArgs { memsize: Some(3000), ..NONE };
+        let args = SettingsArgs { memsize: Some(3000), ..SettingsArgs::default() };
         let found = origins(&args, &file, |name| ["LIBGUESTFS_SMP", "LIBGUESTFS_HV"].contains(&name));
         let from = |name: &str| found.iter().find(|(other, _)| *other == name).unwrap().1.clone();
         assert_eq!(["memsize", "smp", "backend"].map(from), ["--memsize", "LIBGUESTFS_SMP", "config.toml"]);
@@ -269,9 +282,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
         assert_eq!(read(&path).unwrap(), FsTable::default());
-        for wrong in ["[fs]\nmemory = 1\n", "[fs]\nsmp = 'two'\n", "[other]\n"] {
+        for (wrong, word) in [
+            ("[fs]\nmemory = 1\n", "memory"),
+            ("[fs]\nsmp = 'two'\n", "two"),
+            ("[other]\n", "other"),
+            ("[fs]\nmemsize = 10\n", "memsize is \"10\": it must be a whole number from 256"),
+            ("[fs]\nsmp = 0\n", "smp is \"0\""),
+            ("[fs]\nbackend = 'foo'\n", "backend is \"foo\": it must be direct"),
+            ("[fs]\nstart-timeout = 0\n", "start-timeout is \"0\""),
+        ] {
             std::fs::write(&path, wrong).unwrap();
-            assert!(read(&path).unwrap_err().message.unwrap().contains("config.toml"), "{wrong}");
+            let said = read(&path).unwrap_err().message.unwrap();
+            assert!(said.contains("config.toml") && said.contains(word), "{wrong}: {said}");
         }
     }
 }

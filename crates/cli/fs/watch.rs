@@ -84,9 +84,10 @@ impl Watch {
 
     /// The options of a session that runs already: of the settings only the time limit of calls counts.
     pub(crate) fn attach_options(&self, args: &SettingsArgs) -> Result<Options, Failure> {
+        let (settings, _) = asked_for(args)?;
         let mut options =
             Options::new(WatchdogCommand::this_program([KEEPER])).map_err(|error| failure(&error))?;
-        options.settings.call_timeout = asked_for(args)?.0.call_timeout;
+        options.settings.call_timeout = settings.call_timeout;
         options.cancel = self.cancel.clone();
         options.listener = Some(self.listener());
         Ok(options)
@@ -94,9 +95,10 @@ impl Watch {
 
     /// The options of a session that is watched.
     pub(crate) fn options(&self, args: &SettingsArgs) -> Result<Options, Failure> {
+        let (settings, _) = settings(args)?;
         let mut options =
             Options::new(WatchdogCommand::this_program([KEEPER])).map_err(|error| failure(&error))?;
-        (options.settings, _) = settings(args)?;
+        options.settings = settings;
         options.cancel = self.cancel.clone();
         options.listener = Some(self.listener());
         self.remark_when_long(&options.settings);

@@ -41,10 +41,10 @@ impl Options {
     /// The settings of the environment, and nobody who listens.
     ///
     /// # Errors
-    /// `Io` when the process has too many open files.
+    /// `Io` when the process has too many open files; as [`Settings::from_env`].
     pub fn new(watchdog: WatchdogCommand) -> Result<Self> {
         let cancel = Cancel::new().map_err(|e| Error::io("cannot make an event descriptor", e))?;
-        Ok(Self { settings: Settings::from_env(), watchdog, cancel, listener: None })
+        Ok(Self { settings: Settings::from_env()?, watchdog, cancel, listener: None })
     }
 
     pub(crate) fn tell(&self, event: Event<'_>) {

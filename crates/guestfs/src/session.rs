@@ -56,9 +56,10 @@ impl Session {
     ///
     /// # Errors
     /// `NotInstalled`, `Start`, `NoKernel`, `Version`, `Busy` when an image or the appliance's cache is locked, `Timeout`,
-    /// `Cancelled`, `Io`. Nothing is left running then.
+    /// `Cancelled`, `Io`; `Invalid` as [`Settings::check`](crate::Settings::check). Nothing is left running then.
     pub fn open(disks: &[Disk], options: Options) -> Result<Self> {
         let settings = options.settings.clone();
+        settings.check()?;
         Self::start(disks, options).map_err(|error| settings.explain_late(error))
     }
 

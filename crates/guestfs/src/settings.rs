@@ -1,8 +1,13 @@
 //! What guestfish is told by its environment, and how long we wait.
 
 use std::ffi::OsString;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
+
+use crate::{Error, Result};
 
 use rustix::fs::Access;
 
@@ -13,13 +18,13 @@ use rustix::fs::Access;
 pub struct Settings {
     /// The program, a path or a name on `PATH`.
     pub guestfish: PathBuf,
-    /// `LIBGUESTFS_BACKEND`.
+    /// `LIBGUESTFS_BACKEND`: `direct`, `libvirt`, `libvirt:URI` or `unix:PATH` (guestfs(3), "BACKEND").
     pub backend: String,
     /// `LIBGUESTFS_BACKEND_SETTINGS`, such as `force_tcg`.
     pub backend_settings: Option<String>,
-    /// `LIBGUESTFS_MEMSIZE`: memory of the appliance in MiB.
+    /// `LIBGUESTFS_MEMSIZE`: memory of the appliance in MiB, in [`MEMORY_MIB`](Self::MEMORY_MIB).
     pub memory_mib: Option<u32>,
-    /// `LIBGUESTFS_SMP`: virtual CPUs of the appliance.
+    /// `LIBGUESTFS_SMP`: virtual CPUs of the appliance, in [`CPUS`](Self::CPUS).
     pub cpus: Option<u32>,
     /// `LIBGUESTFS_CACHEDIR`: where the appliance is kept.
     pub cache_dir: Option<PathBuf>,
@@ -37,7 +42,7 @@ pub struct Settings {
     pub trace: bool,
     /// Whether the guest may reach the network.
     pub network: bool,
-    /// The longest time that the start may take.
+    /// The longest time that the start may take, in [`START_SECS`](Self::START_SECS).
     pub start_timeout: Duration,
     /// The longest time that a call may take without any sign of life (output, input, progress).
     pub call_timeout: Option<Duration>,
@@ -59,7 +64,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             guestfish: "guestfish".into(),
-            backend: "direct".to_owned(),
+            backend: DIRECT.to_owned(),
             backend_settings: None,
             memory_mib: None,
             cpus: None,
@@ -78,24 +83,37 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Memory that an appliance may have, in MiB: with less it does not boot.
+    pub const MEMORY_MIB: RangeInclusive<u32> = 256..=1 << 20;
+    /// Virtual CPUs that it may have: libguestfs takes no more (guestfs(3), "guestfs_set_smp").
+    pub const CPUS: RangeInclusive<u32> = 1..=255;
+    /// Seconds that a start may take, a day at the most.
+    pub const START_SECS: RangeInclusive<u64> = 1..=24 * 60 * 60;
+
     /// The settings by this process's environment.
-    #[must_use]
-    pub fn from_env() -> Self {
+    ///
+    /// # Errors
+    /// `Invalid` for a variable that libguestfs would refuse, or silently take for another value.
+    pub fn from_env() -> Result<Self> {
         Self::from_vars(|name| std::env::var_os(name))
     }
 
     /// The settings by these variables. An empty variable counts as none.
-    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Self {
+    fn from_vars(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let var = |name: &str| var(name).filter(|value| !value.is_empty());
         let text = |name: &str| var(name).and_then(|value| value.into_string().ok());
-        let number = |name: &str| text(name).and_then(|value| value.trim().parse().ok());
+        let number = |name: &str, range| {
+            let number = |value: OsString| number(name, &value.to_string_lossy(), &range);
+            var(name).map(number).transpose()
+        };
+        let backend = |value: OsString| backend("LIBGUESTFS_BACKEND", &value.to_string_lossy());
         let path = |name: &str| var(name).map(PathBuf::from);
         let flag = |name: &str| text(name).is_some_and(|value| truth(&value));
-        Self {
-            backend: text("LIBGUESTFS_BACKEND").unwrap_or_else(|| "direct".to_owned()),
+        Ok(Self {
+            backend: var("LIBGUESTFS_BACKEND").map(backend).transpose()?.unwrap_or_else(|| DIRECT.to_owned()),
             backend_settings: text("LIBGUESTFS_BACKEND_SETTINGS"),
-            memory_mib: number("LIBGUESTFS_MEMSIZE"),
-            cpus: number("LIBGUESTFS_SMP"),
+            memory_mib: number("LIBGUESTFS_MEMSIZE", Self::MEMORY_MIB)?,
+            cpus: number("LIBGUESTFS_SMP", Self::CPUS)?,
             cache_dir: path("LIBGUESTFS_CACHEDIR"),
             tmp_dir: path("LIBGUESTFS_TMPDIR"),
             appliance: path("LIBGUESTFS_PATH"),
@@ -104,7 +122,20 @@ impl Settings {
             debug: flag("LIBGUESTFS_DEBUG"),
             trace: flag("LIBGUESTFS_TRACE"),
             ..Self::default()
-        }
+        })
+    }
+
+    /// Whether an appliance can be started with them.
+    ///
+    /// # Errors
+    /// `Invalid`; the message begins with `memsize`, `smp`, `backend` or `start-timeout`.
+    pub fn check(&self) -> Result<()> {
+        self.memory_mib.map_or(Ok(()), |mib| within("memsize", mib, &Self::MEMORY_MIB))?;
+        self.cpus.map_or(Ok(()), |cpus| within("smp", cpus, &Self::CPUS))?;
+        // Less than a second is a test's.
+        let seconds = self.start_timeout.as_secs().max(self.start_timeout.subsec_nanos().min(1).into());
+        within("start-timeout", seconds, &Self::START_SECS)?;
+        backend("backend", &self.backend).map(drop)
     }
 
     /// Whether KVM is ruled out.
@@ -155,6 +186,44 @@ impl Settings {
     }
 }
 
+/// The backend that runs QEMU itself.
+const DIRECT: &str = "direct";
+
+/// The value of `name`, a whole number in `range`.
+fn number<T: FromStr + PartialOrd + Display>(name: &str, text: &str, range: &RangeInclusive<T>) -> Result<T> {
+    match text.trim().parse() {
+        Ok(value) if range.contains(&value) => Ok(value),
+        _ => Err(Error::invalid(format!(
+            "{name} is {text:?}: it must be a whole number from {} to {}",
+            range.start(),
+            range.end()
+        ))),
+    }
+}
+
+fn within<T: FromStr + PartialOrd + Display>(name: &str, value: T, range: &RangeInclusive<T>) -> Result<()> {
+    number(name, &value.to_string(), range).map(drop)
+}
+
+/// The value of `name`, a backend (guestfs(3), "BACKEND"): libguestfs itself says of another one that it is invalid, and
+/// goes on with its default.
+fn backend(name: &str, text: &str) -> Result<String> {
+    match text {
+        // The older name.
+        "appliance" => Ok(DIRECT.to_owned()),
+        DIRECT | "libvirt" => Ok(text.to_owned()),
+        _ if ["libvirt:", "unix:"]
+            .iter()
+            .any(|kind| text.strip_prefix(kind).is_some_and(|of| !of.is_empty())) =>
+        {
+            Ok(text.to_owned())
+        }
+        _ => Err(Error::invalid(format!(
+            "{name} is {text:?}: it must be direct, libvirt, libvirt:URI or unix:PATH"
+        ))),
+    }
+}
+
 /// As libguestfs reads a flag (guestfs(3)): `1`, `true`, `t`, `yes`, `y`, `on`.
 fn truth(value: &str) -> bool {
     ["1", "true", "t", "yes", "y", "on"].iter().any(|word| word.eq_ignore_ascii_case(value.trim()))
@@ -173,10 +242,47 @@ mod tests {
             "LIBGUESTFS_PATH" => Some(OsString::new()),
             _ => None,
         };
-        let settings = Settings::from_vars(vars);
+        let settings = Settings::from_vars(vars).unwrap();
         assert_eq!((settings.memory_mib, settings.cpus), (Some(2048), None));
         assert!(settings.forces_emulation() && settings.trace && !settings.debug);
         assert_eq!((settings.backend.as_str(), settings.appliance), ("direct", None));
+    }
+
+    #[test]
+    fn a_value_that_libguestfs_would_not_take_is_refused_wherever_it_comes_from() {
+        let by = |name: &str, value: &str| {
+            Settings::from_vars(|asked| (asked == name).then(|| value.into())).map_err(|e| e.to_string())
+        };
+        for (name, value, remedy) in [
+            ("LIBGUESTFS_MEMSIZE", "10", "from 256 to 1048576"),
+            ("LIBGUESTFS_MEMSIZE", "much", "a whole number"),
+            ("LIBGUESTFS_MEMSIZE", "4294967296", "a whole number"),
+            ("LIBGUESTFS_SMP", "0", "from 1 to 255"),
+            ("LIBGUESTFS_SMP", "256", "from 1 to 255"),
+            ("LIBGUESTFS_BACKEND", "foo", "direct, libvirt, libvirt:URI or unix:PATH"),
+            ("LIBGUESTFS_BACKEND", "unix:", "unix:PATH"),
+        ] {
+            let error = by(name, value).unwrap_err();
+            assert!(
+                error.starts_with(&format!("{name} is \"{value}\": ")) && error.contains(remedy),
+                "{error}"
+            );
+        }
+        for backend in ["direct", "libvirt", "libvirt:qemu:///session", "unix:/run/guestfsd.sock"] {
+            assert_eq!(by("LIBGUESTFS_BACKEND", backend).unwrap().backend, backend);
+        }
+        assert_eq!(by("LIBGUESTFS_BACKEND", "appliance").unwrap().backend, "direct");
+        assert_eq!(by("LIBGUESTFS_MEMSIZE", " 256 ").unwrap().memory_mib, Some(256));
+
+        let wrong = |settings: Settings| settings.check().unwrap_err().to_string();
+        let default = Settings::default;
+        default().check().unwrap();
+        assert!(wrong(Settings { memory_mib: Some(255), ..default() }).starts_with("memsize is \"255\""));
+        assert!(wrong(Settings { cpus: Some(0), ..default() }).starts_with("smp "));
+        assert!(wrong(Settings { backend: "foo".to_owned(), ..default() }).starts_with("backend "));
+        assert!(wrong(Settings { start_timeout: Duration::ZERO, ..default() }).starts_with("start-timeout "));
+        assert!(wrong(Settings { start_timeout: Duration::MAX, ..default() }).starts_with("start-timeout "));
+        Settings { start_timeout: Duration::from_millis(5), ..default() }.check().unwrap();
     }
 
     #[test]
