@@ -306,3 +306,51 @@ fn a_setting_that_cannot_be_meant_is_refused_from_everywhere() {
     let out = doctor(dir).arg("settings").env("XDG_CONFIG_HOME", dir).fails(1);
     assert!(out.out().contains("config.toml") && out.out().contains("correct it"), "{out}");
 }
+
+#[test]
+fn the_memory_of_the_appliance_bounds_the_jobs_wherever_it_is_set() {
+    let dir = scratch();
+    let dir = dir.path();
+    for name in ["a.raw", "b.raw"] {
+        fs::File::create(dir.join(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    let list = |options: &[&str], memsize: &str| {
+        let words = ["fs", "list", "-f", "raw", "-j", "50", "a.raw", "b.raw"];
+        let cmd = Tool::under_test(env!("CARGO_BIN_EXE_diskmill")).cmd(words).args(options).dir(dir);
+        cmd.env("PATH", "/nowhere").env("LIBGUESTFS_MEMSIZE", memsize).env("XDG_CONFIG_HOME", dir).fails(1)
+    };
+    let clamped = "warning: 1 at a time instead of 2: an appliance may take 1000000 MiB";
+    list(&["--memsize", "1000000"], "").says(&[clamped]);
+    list(&[], "1000000").says(&[clamped]);
+    assert!(!list(&["-q"], "1000000").err().contains("at a time"));
+    fs::create_dir(dir.join("diskmill")).unwrap();
+    fs::write(dir.join("diskmill/config.toml"), "[fs]\nmemsize = 1000000\n").unwrap();
+    list(&[], "").says(&[clamped]);
+    assert!(!list(&["--memsize", "256"], "").err().contains("at a time"));
+}
+
+#[test]
+fn what_nobody_has_set_follows_the_machine_and_is_shown() {
+    let dir = scratch();
+    let dir = dir.path();
+    let shown = |env: (&str, &str)| {
+        let cmd =
+            doctor(dir).args(["--json", "settings"]).env("LIBGUESTFS_MEMSIZE", "").env("LIBGUESTFS_SMP", "");
+        let cmd = cmd.env("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg").env("XDG_CONFIG_HOME", dir);
+        cmd.env(env.0, env.1).ok().json()
+    };
+    let report = shown(("A", "b"));
+    let setting = |report: &Value, name: &str| {
+        let all = report["settings"].as_array().unwrap();
+        let found = all.iter().find(|setting| setting["name"] == name).unwrap();
+        (found["value"].as_str().unwrap().to_owned(), found["from"].as_str().unwrap().to_owned())
+    };
+    let machine = "default for this machine";
+    assert_eq!(setting(&report, "smp"), ("1".to_owned(), machine.to_owned()));
+    let (mib, from) = setting(&report, "memsize");
+    assert!((512..=1280).contains(&mib.parse::<u32>().unwrap()) && from == machine, "{report}");
+    let found = report["checks"][0]["found"].as_str().unwrap();
+    assert!(found.contains(&format!("memsize = {mib} ({machine})")), "{found}");
+    let report = shown(("LIBGUESTFS_MEMSIZE", "700"));
+    assert_eq!(setting(&report, "memsize"), ("700".to_owned(), "LIBGUESTFS_MEMSIZE".to_owned()));
+}

@@ -28,7 +28,7 @@ fn timed(args: &SettingsArgs) -> Result<String, Failure> {
     let disk = tempfile::NamedTempFile::new().map_err(failed)?;
     disk.as_file().set_len(DISK).map_err(failed)?;
     let watch = Watch::start(false)?;
-    let options = watch.options(args)?;
+    let options = watch.options(args, DISK)?;
     let emulated = options.settings.forces_emulation();
     let start = Instant::now();
     let session =

@@ -10,10 +10,9 @@ use rustix::process::{Resource, getrlimit};
 use super::programs::find;
 use super::report::{Check, Topic, size};
 use super::{DoctorArgs, Machine};
+use crate::fs::defaults;
 use crate::fs::memory::free;
 
-/// libguestfs' own default on x86-64 (guestfs(3), "guestfs_set_memsize"), in MiB.
-const MEMSIZE: u32 = 1280;
 /// What an appliance takes at boot, in bytes; below that nothing works.
 const LEAST_MEMORY: u64 = 400 << 20;
 /// Files that a session and a conversion of a long chain may have open.
@@ -77,10 +76,11 @@ pub(super) fn fuse() -> Check {
 }
 
 pub(super) fn memory(machine: &Machine) -> Check {
-    let wanted = u64::from(machine.settings.memory_mib.unwrap_or(MEMSIZE)) << 20;
     let Some(free) = free() else {
         return Check::note(Topic::Memory, "/proc/meminfo does not tell", "mount /proc");
     };
+    let wanted = machine.settings.memory_mib.unwrap_or_else(|| defaults::memory_mib(0, Some(free)));
+    let wanted = u64::from(wanted) << 20;
     let found = format!("{} available, an appliance may take {}", size(free), size(wanted));
     if free < LEAST_MEMORY {
         Check::problem(

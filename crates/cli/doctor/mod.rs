@@ -161,7 +161,7 @@ fn look(topic: Topic, machine: &Machine, args: &DoctorArgs) -> Check {
     }
 }
 
-/// The settings that somebody has set, and whether they can be what was meant.
+/// The settings that somebody has set or that follow from the machine, and whether they can be what was meant.
 fn shown_settings(machine: &Machine) -> Check {
     if let Some(mistake) = &machine.mistake {
         return Check::problem(
@@ -170,9 +170,8 @@ fn shown_settings(machine: &Machine) -> Check {
             "correct it, or unset it; the other checks go by the defaults",
         );
     }
-    let set: Vec<String> =
-        machine.shown.iter().filter(|setting| setting.is_set()).map(Setting::text).collect();
-    let found = if set.is_empty() { "all are defaults".to_owned() } else { set.join(", ") };
+    let shown = machine.shown.iter().filter(|setting| !setting.is_default());
+    let found = shown.map(Setting::text).collect::<Vec<_>>().join(", ");
     match machine.settings.backend.as_str() {
         "direct" => Check::ok(Topic::Settings, found),
         backend => Check::note(

@@ -184,7 +184,7 @@ pub(crate) struct ManyArgs {
     #[command(flatten)]
     pub(crate) image: ImageArgs,
 
-    /// Sessions at the same time [default: as many as CPUs and free memory allow]
+    /// Sessions at the same time [default: as many as CPUs allow; free memory bounds both]
     #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) jobs: Option<u16>,
 

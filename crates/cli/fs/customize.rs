@@ -239,7 +239,7 @@ fn image_tool(name: &'static str, args: &ImageArgs, file: &Path) -> Result<(Tool
     }
     // Checked and locked by us; the tool opens it.
     let drive = Drive::open(args, file, Access::Write, false)?;
-    let mut tool = Tool::new(name, &args.settings)?;
+    let mut tool = Tool::new(name, &args.settings, drive.size())?;
     tool.args(drive.tool_arguments()).keys(&args.key)?;
     if args.quiet || args.json {
         tool.arg("--quiet");

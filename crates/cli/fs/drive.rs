@@ -40,6 +40,8 @@ pub(crate) const SOCKET: &str = "disk";
 /// An image as a disk of the appliance.
 pub(crate) struct Drive {
     disk: Disk,
+    /// Of the disk, in bytes.
+    size: u64,
     /// In QEMU's words.
     format: &'static str,
     /// What `guestfish -a` takes, and the format for `--format`.
@@ -92,7 +94,7 @@ impl Drive {
     }
 
     fn direct(image: Image, file: &Path) -> Result<Self, Failure> {
-        let format = image.info().format.name();
+        let (format, size) = (image.info().format.name(), image.info().virtual_size);
         // Reading it ourselves, we would be in the way.
         drop(image);
         let server = Server::None { _custody: Custody::take(file)? };
@@ -100,7 +102,7 @@ impl Drive {
         let full =
             std::path::absolute(file).map_err(|error| Failure::failed(format!("{file:?}: {error}")))?;
         let disk = Disk::file(full, format).writable();
-        Ok(Self { disk, format, address: file.as_os_str().to_owned(), server })
+        Ok(Self { disk, size, format, address: file.as_os_str().to_owned(), server })
     }
 
     fn by_server(export: ImageExport) -> Result<Self, Failure> {
@@ -110,20 +112,20 @@ impl Drive {
         let folder = run_folder().and_then(|dir| tempfile::Builder::new().prefix("disk-").tempdir_in(dir));
         let folder = folder.map_err(failed)?;
         let socket = folder.path().join(SOCKET);
-        let address = Address::Unix(socket.clone());
+        let (address, size) = (Address::Unix(socket.clone()), export.size());
         let disk = Disk::nbd(&socket, "");
         let disk = if export.is_writable() { disk.writable() } else { disk };
         let running = diskmill_nbd::serve(export, &address, settings()).map_err(failed)?;
         let uri = guestfish_uri(&socket);
         let server = Server::Here { _running: running, _folder: folder };
-        Ok(Self { disk, format: "raw", address: uri, server })
+        Ok(Self { disk, size, format: "raw", address: uri, server })
     }
 
     fn by_companion(args: &ImageArgs, file: &Path, image: Image, access: Access) -> Result<Self, Failure> {
         let failed =
             |error: io::Error| Failure::failed(format!("cannot serve the image to the appliance: {error}"));
         let socket = kept::socket(&image, args, file, access).map_err(failed)?;
-        let writable = access == Access::Write;
+        let (writable, size) = (access == Access::Write, image.info().virtual_size);
         let mut command = Process::new("/proc/self/exe");
         command.arg(COMPANION).args(args.open.arguments()).arg("--unix").arg(&socket);
         if writable {
@@ -158,11 +160,16 @@ impl Drive {
         let disk = Disk::nbd(&socket, "");
         let disk = if writable { disk.writable() } else { disk };
         let server = Server::Companion { stdin };
-        Ok(Self { disk, format: "raw", address: guestfish_uri(&socket), server })
+        Ok(Self { disk, size, format: "raw", address: guestfish_uri(&socket), server })
     }
 
     pub(crate) fn disk(&self) -> Disk {
         self.disk.clone()
+    }
+
+    /// The size of the disk, in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
     }
 
     /// `--format` and `-a` for a libguestfs tool.

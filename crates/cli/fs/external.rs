@@ -34,8 +34,9 @@ pub(crate) struct Tool {
 }
 
 impl Tool {
-    pub(crate) fn new(name: &'static str, args: &SettingsArgs) -> Result<Self, Failure> {
-        let (settings, _) = settings(args)?;
+    /// For an image of `size` bytes.
+    pub(crate) fn new(name: &'static str, args: &SettingsArgs, size: u64) -> Result<Self, Failure> {
+        let (settings, _) = settings(args, size)?;
         let mut process = Process::new(name);
         set_environment(&mut process, &settings);
         Ok(Self { name, process, verbose: settings.debug || settings.trace, secrets: Vec::new() })

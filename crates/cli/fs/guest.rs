@@ -79,7 +79,7 @@ impl Guest {
         if !args.keep {
             return Self::on(args, file, access, Drive::open(args, file, access, false)?);
         }
-        let (settings, idle) = settings(&args.settings)?;
+        let (settings, idle) = settings(&args.settings, 0)?;
         let _starting = kept::starting(file, settings.start_timeout)?;
         if let Some(guest) = Self::attached(args, file, access)? {
             return Ok(guest);
@@ -115,7 +115,7 @@ impl Guest {
 
     fn on(args: &ImageArgs, file: &Path, access: Access, drive: Drive) -> Result<Self, Failure> {
         let watch = Watch::start(args.quiet)?;
-        let options = watch.options(&args.settings)?;
+        let options = watch.options(&args.settings, drive.size())?;
         let session = Session::open(&[drive.disk()], options);
         watch.clear();
         let session = session.map_err(|error| watch.failure(error.of(shown_file(file))))?;

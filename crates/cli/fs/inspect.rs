@@ -54,7 +54,7 @@ const FACTS: [(&str, &str, &str); 13] = [
 
 pub(crate) fn inspect(args: &InspectArgs) -> Result<Exit, Failure> {
     let many = &args.many;
-    let inspected = many::each(many, |file| systems(many, file, args.apps));
+    let inspected = many::each(many, |file| systems(many, file, args.apps))?;
     if many.image.json {
         let all = |systems: &Vec<System>| systems.iter().map(System::json).collect();
         print_json(&many::values(&many.files, &inspected, "operating-systems", all))?;

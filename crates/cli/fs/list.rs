@@ -98,7 +98,7 @@ fn percent(used: u64, available: u64) -> String {
 }
 
 pub(crate) fn list(args: &ListArgs) -> Result<Exit, Failure> {
-    let scanned = many::each(&args.many, |file| scan(&args.many, file));
+    let scanned = many::each(&args.many, |file| scan(&args.many, file))?;
     show(&args.many, &scanned, "devices", table)
 }
 
@@ -107,7 +107,7 @@ pub(crate) fn df(args: &DfArgs) -> Result<Exit, Failure> {
         let mut volumes = scan(&args.many, file)?;
         volumes.retain(|volume| volume.usage.is_some());
         Ok(volumes)
-    });
+    })?;
     show(&args.many, &scanned, "filesystems", |volumes| usage_table(volumes, args.inodes))
 }
 

@@ -8,25 +8,29 @@ use std::thread;
 use serde_json::{Value, json};
 
 use super::args::ManyArgs;
-use super::memory;
+use super::settings::asked_for;
+use super::{defaults, memory};
 use crate::exit::{Exit, Failure};
-use crate::names;
-
-/// Memory that one appliance is counted with, in MiB, unless its size is given: 360 to 390 when it has booted, more when
-/// it works.
-const APPLIANCE_MIB: u64 = 768;
+use crate::{names, say};
 
 /// Does `one` to each image, several at the same time, and returns the results in the order of the images.
 pub(crate) fn each<T: Send>(
     args: &ManyArgs,
     one: impl Fn(&Path) -> Result<T, Failure> + Sync,
-) -> Vec<Result<T, Failure>> {
+) -> Result<Vec<Result<T, Failure>>, Failure> {
     let files = &args.files;
-    let appliance = args.image.settings.memsize.map_or(APPLIANCE_MIB, u64::from);
-    let jobs = args
-        .jobs
-        .map_or_else(|| default_jobs(appliance, memory::free()), usize::from)
-        .clamp(1, files.len().max(1));
+    let (settings, _) = asked_for(&args.image.settings)?;
+    let free = memory::free();
+    // With a share of the memory each, rather than all of it.
+    let appliance = settings.memory_mib.unwrap_or_else(|| defaults::memory_mib(0, None));
+    let wanted = args.jobs.map_or_else(cpus, usize::from).clamp(1, files.len().max(1));
+    let jobs = wanted.min(fitting(appliance, free));
+    if jobs < wanted && args.jobs.is_some() && !args.image.quiet {
+        say::warning(format_args!(
+            "{jobs} at a time instead of {wanted}: an appliance may take {appliance} MiB, and {} MiB are free; --memsize sets it",
+            free.unwrap_or_default() >> 20
+        ));
+    }
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<Option<Result<T, Failure>>>> = Mutex::new(files.iter().map(|_| None).collect());
     let work = || {
@@ -47,14 +51,17 @@ pub(crate) fn each<T: Send>(
     });
     let results = results.into_inner().unwrap_or_else(|e| e.into_inner());
     let missing = || Err(Failure::failed("the image was not looked at"));
-    results.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
+    Ok(results.into_iter().map(|result| result.unwrap_or_else(missing)).collect())
 }
 
-/// As many sessions as CPUs and `free` bytes of memory allow, at `appliance` MiB each.
-fn default_jobs(appliance: u64, free: Option<u64>) -> usize {
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let by_memory = free.map_or(cpus as u64, |free| (free >> 20) / appliance.max(1));
-    usize::try_from(by_memory).unwrap_or(cpus).clamp(1, cpus)
+fn cpus() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// How many sessions fit into `free` bytes of memory at `appliance` MiB each; one in any case.
+fn fitting(appliance: u32, free: Option<u64>) -> usize {
+    let sessions = free.and_then(|free| (free >> 20).checked_div(appliance.into()));
+    sessions.map_or(usize::MAX, |sessions| usize::try_from(sessions).unwrap_or(usize::MAX).max(1))
 }
 
 /// One text for all images: with several, each under its name.
@@ -132,10 +139,9 @@ mod tests {
 
     #[test]
     fn memory_bounds_the_sessions() {
-        let cpus = thread::available_parallelism().unwrap().get();
-        assert_eq!(default_jobs(768, Some(100)), 1);
-        assert_eq!(default_jobs(768, Some(1536 << 20)), cpus.min(2));
-        assert_eq!(default_jobs(768, Some(u64::MAX)), cpus);
-        assert_eq!(default_jobs(0, None), cpus);
+        assert_eq!(fitting(1280, Some(100)), 1);
+        assert_eq!(fitting(1280, Some(2560 << 20)), 2);
+        assert_eq!(fitting(1280, Some((2560 << 20) - 1)), 1);
+        assert_eq!([fitting(1280, None), fitting(0, Some(1 << 40))], [usize::MAX; 2]);
     }
 }

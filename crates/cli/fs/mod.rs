@@ -3,6 +3,7 @@
 pub(crate) mod args;
 mod copy;
 mod customize;
+pub(crate) mod defaults;
 mod diff;
 pub(crate) mod drive;
 mod edit;

@@ -102,7 +102,7 @@ fn try_out(args: &PrepareArgs, prepared: &Prepared, watch: &Watch) -> Result<f64
     let no_disk = |error: std::io::Error| Failure::failed(format!("cannot make a disk: {error}"));
     let disk = tempfile::NamedTempFile::new().map_err(no_disk)?;
     disk.as_file().set_len(DISK).map_err(no_disk)?;
-    let mut options = watch.options(&args.settings)?;
+    let mut options = watch.options(&args.settings, DISK)?;
     if args.into.is_some() {
         (options.settings.appliance, options.settings.hypervisor) = (None, None);
         prepared.apply(&mut options.settings);

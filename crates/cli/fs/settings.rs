@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use diskmill_guestfs::{Prepared, Settings, kvm};
+use diskmill_guestfs::kvm::{self, Verdict};
+use diskmill_guestfs::{Prepared, Settings};
 use serde::Deserialize;
 
+use super::{defaults, memory};
 use crate::exit::Failure;
 
 /// How long a kept session waits for the next command.
@@ -77,20 +79,31 @@ struct FsTable {
     idle_timeout: Option<u64>,
 }
 
-/// The settings, and how long a kept session stays idle. Where KVM is there and does not boot, it is not used; an
-/// appliance that is prepared is.
-pub(crate) fn settings(args: &SettingsArgs) -> Result<(Settings, Duration), Failure> {
+/// The settings for an image of `size` bytes, and how long a kept session stays idle. Where KVM is there and does not boot, it
+/// is not used; an appliance that is prepared is.
+pub(crate) fn settings(args: &SettingsArgs, size: u64) -> Result<(Settings, Duration), Failure> {
     let (mut settings, idle) = merge(args, from_file()?, from_env()?, in_env);
-    if settings.backend_settings.is_none()
-        && settings.backend == "direct"
-        && kvm::qemu(&settings).is_some_and(|qemu| kvm::verdict(&qemu, false).hangs())
-    {
+    let verdict = kvm_of(&settings).map(|qemu| kvm::verdict(&qemu, false));
+    if settings.backend_settings.is_none() && verdict.as_ref().is_some_and(Verdict::hangs) {
         settings.backend_settings = Some("force_tcg".to_owned());
     }
+    fill(&mut settings, size, verdict.as_ref());
     if let Some(prepared) = Prepared::find() {
         prepared.apply(&mut settings);
     }
     Ok((settings, idle))
+}
+
+/// The QEMU that may use KVM, if these settings let it.
+fn kvm_of(settings: &Settings) -> Option<PathBuf> {
+    if settings.backend == "direct" && !settings.forces_emulation() { kvm::qemu(settings) } else { None }
+}
+
+/// What nobody has set, by the machine and the size of the image.
+fn fill(settings: &mut Settings, size: u64, verdict: Option<&Verdict>) {
+    settings.memory_mib.get_or_insert_with(|| defaults::memory_mib(size, memory::free()));
+    let allowed = || std::thread::available_parallelism().map_or(1, usize::from);
+    settings.cpus.get_or_insert_with(|| defaults::cpus(verdict.is_some_and(Verdict::works), allowed()));
 }
 
 fn from_file() -> Result<FsTable, Failure> {
@@ -112,13 +125,14 @@ pub(crate) struct Setting {
     pub(crate) name: &'static str,
     /// `None` is what libguestfs does by itself.
     pub(crate) value: Option<String>,
-    /// A flag, a variable, the configuration file, or `default`.
+    /// A flag, a variable, the configuration file, the machine, or `default`.
     pub(crate) from: String,
 }
 
 impl Setting {
-    pub(crate) fn is_set(&self) -> bool {
-        self.from != DEFAULT
+    /// Whether it is the same everywhere.
+    pub(crate) fn is_default(&self) -> bool {
+        self.from == DEFAULT
     }
 
     pub(crate) fn text(&self) -> String {
@@ -127,18 +141,21 @@ impl Setting {
 }
 
 const DEFAULT: &str = "default";
+const MACHINE: &str = "default for this machine";
 
-/// The settings as they were asked for, and where each comes from.
+/// The settings as they were asked for, and where each comes from; those by the machine are shown for a small image.
 pub(crate) fn asked_for(args: &SettingsArgs) -> Result<(Settings, Vec<Setting>), Failure> {
     let file = from_file()?;
     let shown = origins(args, &file, in_env);
     let (settings, idle) = merge(args, file, from_env()?, in_env);
+    let mut filled = settings.clone();
+    fill(&mut filled, 0, kvm_of(&settings).and_then(|qemu| kvm::known(&qemu)).as_ref());
     let seconds = |time: Duration| Some(time.as_secs().to_string());
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     let flag = |on: bool| Some(on.to_string());
     let values = [
-        settings.memory_mib.map(|mib| mib.to_string()),
-        settings.cpus.map(|cpus| cpus.to_string()),
+        filled.memory_mib.map(|mib| mib.to_string()),
+        filled.cpus.map(|cpus| cpus.to_string()),
         Some(settings.backend.clone()),
         settings.backend_settings.clone(),
         path(&settings.cache_dir),
@@ -168,6 +185,8 @@ fn origins(
             variable.to_owned()
         } else if in_file {
             "config.toml".to_owned()
+        } else if ["memsize", "smp"].contains(&name) {
+            MACHINE.to_owned()
         } else {
             DEFAULT.to_owned()
         };
@@ -275,6 +294,20 @@ mod tests {
         let from = |name: &str| found.iter().find(|(other, _)| *other == name).unwrap().1.clone();
         assert_eq!(["memsize", "smp", "backend"].map(from), ["--memsize", "LIBGUESTFS_SMP", "config.toml"]);
         assert_eq!(["hypervisor", "idle-timeout"].map(from), ["LIBGUESTFS_HV", DEFAULT]);
+        let found = origins(&SettingsArgs::default(), &FsTable::default(), |_| false);
+        assert_eq!([&found[0].1, &found[1].1, &found[2].1], [MACHINE, MACHINE, DEFAULT]);
+    }
+
+    #[test]
+    fn what_somebody_has_set_wins_over_the_machine() {
+        let mut settings = Settings::default();
+        settings.cpus = Some(7);
+        fill(&mut settings, 0, None);
+        let mib = settings.memory_mib.unwrap();
+        assert!((512..=1280).contains(&mib) && settings.cpus == Some(7), "{mib}");
+        settings.memory_mib = Some(300);
+        fill(&mut settings, u64::MAX, None);
+        assert_eq!(settings.memory_mib, Some(300));
     }
 
     #[test]

@@ -112,7 +112,7 @@ fn guestfish(args: &GuestArgs, write: bool) -> Result<WithDrive, Failure> {
     }
     let access = if write { Access::Write } else { Access::Read };
     let drive = Drive::open(&args.image, &args.file, access, false)?;
-    let mut tool = Tool::new("guestfish", &args.image.settings)?;
+    let mut tool = Tool::new("guestfish", &args.image.settings, drive.size())?;
     tool.arg(if write { "--rw" } else { "--ro" })
         .args(drive.tool_arguments())
         .keys(&args.image.key)?
@@ -125,7 +125,7 @@ pub(crate) fn mount(args: &MountArgs) -> Result<Exit, Failure> {
     let pid_file = pid_file(&folder)?;
     let access = if args.write { Access::Write } else { Access::Read };
     let drive = Drive::open(&args.guest.image, &args.guest.file, access, true)?;
-    let mut tool = Tool::new("guestmount", &args.guest.image.settings)?;
+    let mut tool = Tool::new("guestmount", &args.guest.image.settings, drive.size())?;
     tool.arg(if args.write { "--rw" } else { "--ro" }).args(drive.tool_arguments());
     tool.keys(&args.guest.image.key)?.mounts(&args.guest)?;
     tool.arg("--pid-file").arg(&pid_file).arg("--").arg(&folder);

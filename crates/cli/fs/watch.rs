@@ -93,9 +93,9 @@ impl Watch {
         Ok(options)
     }
 
-    /// The options of a session that is watched.
-    pub(crate) fn options(&self, args: &SettingsArgs) -> Result<Options, Failure> {
-        let (settings, _) = settings(args)?;
+    /// The options of a session on an image of `size` bytes that is watched.
+    pub(crate) fn options(&self, args: &SettingsArgs, size: u64) -> Result<Options, Failure> {
+        let (settings, _) = settings(args, size)?;
         let mut options =
             Options::new(WatchdogCommand::this_program([KEEPER])).map_err(|error| failure(&error))?;
         options.settings = settings;

@@ -71,35 +71,56 @@ struct Remembered {
     qemu: String,
 }
 
+impl Remembered {
+    /// What holds for this machine, as it is now.
+    fn new(verdict: Verdict, qemu: &Path) -> Self {
+        Self {
+            verdict,
+            boot_id: read("/proc/sys/kernel/random/boot_id"),
+            kernel: read("/proc/sys/kernel/osrelease"),
+            qemu: identity(qemu),
+        }
+    }
+}
+
 /// The verdict on KVM with the QEMU program at `qemu`: the remembered one if machine, kernel and QEMU are the same since,
 /// else after a timed boot (which takes up to 20 seconds where KVM hangs). `again` tries in any case.
 ///
 /// Remembered in `kvm.json` in [`cache_dir`]; where that cannot be written, each call tries anew.
 #[must_use]
 pub fn verdict(qemu: &Path, again: bool) -> Verdict {
-    // Rights change without notice, and looking costs nothing.
-    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        return Verdict::Unusable { reason: format!("/dev/kvm: {error}") };
+    if let Err(reason) = opens() {
+        return Verdict::Unusable { reason };
     }
-    let file = cache_dir().map(|dir| dir.join("kvm.json"));
-    let key = |verdict| Remembered {
-        verdict,
-        boot_id: read("/proc/sys/kernel/random/boot_id"),
-        kernel: read("/proc/sys/kernel/osrelease"),
-        qemu: identity(qemu),
-    };
-    if !again
-        && let Some(found) = file.as_deref().and_then(recall)
-        && found == key(found.verdict.clone())
-    {
-        return found.verdict;
+    if let Some(verdict) = known(qemu).filter(|_| !again) {
+        return verdict;
     }
     let verdict = probe(qemu);
-    if let (Some(file), false) = (file, matches!(verdict, Verdict::Unknown { .. })) {
+    if let (Some(file), false) = (file(), matches!(verdict, Verdict::Unknown { .. })) {
         // Only the next call is slower without it.
-        let _ = remember(&file, &key(verdict.clone()));
+        let _ = remember(&file, &Remembered::new(verdict.clone(), qemu));
     }
     verdict
+}
+
+/// The verdict, if it takes no boot to tell.
+#[must_use]
+pub fn known(qemu: &Path) -> Option<Verdict> {
+    if let Err(reason) = opens() {
+        return Some(Verdict::Unusable { reason });
+    }
+    let found = file().as_deref().and_then(recall)?;
+    (found == Remembered::new(found.verdict.clone(), qemu)).then_some(found.verdict)
+}
+
+/// Rights change without notice, and looking costs nothing.
+fn opens() -> Result<(), String> {
+    let opened = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    opened.map(drop).map_err(|error| format!("/dev/kvm: {error}"))
+}
+
+fn file() -> Option<PathBuf> {
+    Some(cache_dir()?.join("kvm.json"))
 }
 
 /// The QEMU that libguestfs takes with these settings: `LIBGUESTFS_HV`, else the one for this architecture on `PATH`.
