@@ -113,6 +113,9 @@ fn what_is_wrong_on_the_host_is_said_before_the_image_is_opened() {
     };
     says(1, &["fs", "script", "no.raw", "nofile"], "\"nofile\"");
     says(1, &["fs", "ls", "--key", "file:nofile", "no.raw"], "\"nofile\"");
+    says(1, &["fs", "get", "no.raw", "/x", "nofolder/x"], "\"nofolder\"");
+    says(1, &["fs", "get", "no.raw", "/x", "bin/guestfish"], "--force");
+    says(1, &["fs", "tar-out", "no.raw", "/", "nofolder/x.tar"], "\"nofolder\"");
     says(1, &["fs", "mount", "--key", "/dev/sda1:file:nofile", "no.raw", "."], "\"nofile\"");
     says(1, &["fs", "sysprep", "--key", "/dev/sda1:file:nofile", "no.raw"], "\"nofile\"");
     says(2, &["fs", "customize", "no.raw"], "nothing to do");

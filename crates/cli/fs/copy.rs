@@ -35,6 +35,13 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
     if !into_folder && paths.len() > 1 {
         return Err(Failure::usage(format!("{target:?} is no folder: several files need one")));
     }
+    if !into_folder && !to_stdout {
+        let folder = folder_of(target);
+        fs::metadata(folder).map_err(|error| host_failure(folder, &error))?;
+        if !args.force && target.symlink_metadata().is_ok() {
+            return Err(exists(target, &io::ErrorKind::AlreadyExists.into()));
+        }
+    }
     let keep = Keep { owners: args.archive, existing: args.force };
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     let mut done = Unpacked::default();
@@ -88,8 +95,8 @@ fn host_name(path: &[u8]) -> Result<&OsStr, Failure> {
 fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) -> Result<Unpacked, Failure> {
     let failed = |error: io::Error| host_failure(to, &error);
     // Under a name of its own until it is whole.
-    let folder = to.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".diskmill-").tempfile_in(folder).map_err(failed)?;
+    let mut file =
+        tempfile::Builder::new().prefix(".diskmill-").tempfile_in(folder_of(to)).map_err(failed)?;
     let bytes = guest.download(path, &mut file)?;
     if keep.owners {
         fchown(&file, Some(meta.user), Some(meta.group)).map_err(failed)?;
@@ -342,6 +349,10 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
             "--exclude: a pattern with a line feed is not supported; `?` stands for one",
         ));
     }
+    if !to_stdout {
+        let folder = folder_of(&args.archive);
+        fs::metadata(folder).map_err(|error| host_failure(folder, &error))?;
+    }
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     let folder = guest_path(&args.folder);
     let mut command = Command::new("tar-out").arg(&folder).output().opt("numericowner", "true");
@@ -363,11 +374,11 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         out.bytes
     } else {
         let failed = |error: io::Error| host_failure(&args.archive, &error);
-        let folder =
-            args.archive.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
-        let file =
-            builder.prefix(".diskmill-").permissions(fs::Permissions::from_mode(0o666)).tempfile_in(folder);
+        let file = builder
+            .prefix(".diskmill-")
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(folder_of(&args.archive));
         let mut out = CountedWriter { inner: file.map_err(failed)?, bytes: 0 };
         guest.send(&command, None, &mut out)?;
         out.inner.persist(&args.archive).map_err(|error| failed(error.error))?;
@@ -431,6 +442,11 @@ fn pipe() -> Result<(io::PipeReader, io::PipeWriter), Failure> {
 /// An error of the host's file system.
 pub(crate) fn host_failure(path: &Path, error: &io::Error) -> Failure {
     Failure::failed(format!("{path:?}: {error}"))
+}
+
+/// The folder that a file of the host is in, or would be.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Looks whether a file of the host can be read, before an appliance is started for it.
