@@ -138,7 +138,7 @@ fn without_its_passphrase_an_image_is_not_read() {
 
     run(&["convert", "-O", "qcow2", "-o", luks, "plain", "out"]).fails(2).says(&["--target-key-file"]);
     run(&["convert", "-c", "-O", "qcow2", "--target-key-file", "key", "-o", luks, "plain", "out"])
-        .fails(1)
+        .fails(2)
         .says(&["compression and encryption"]);
     run(&["convert", "-O", "qcow2", "-o", "encryption=on", "plain", "out"])
         .fails(2)
