@@ -437,8 +437,9 @@ fn changing(fs: &Fs, mounts: &[String], on: &dyn Fn(&[&str], &[&str]) -> Cmd) {
         }
     }
     fs.stop();
-    let script = ["script", "--write", "-m", "/dev/sda5", "gpt.qcow2", "-"];
-    let _ = fs.cmd(&script).stdin_bytes(b"write /written \"by a script\"\n".to_vec()).ok();
+    let script = ["script", "--write", "--no-mount", "gpt.qcow2", "-"];
+    let said = b"run\nmount /dev/sda5 /\nwrite /written \"by a script\"\n".to_vec();
+    let _ = fs.cmd(&script).stdin_bytes(said).ok();
     for image in &images[1..] {
         fs.program(&["check", image]).ok().no_panic();
     }

@@ -56,6 +56,8 @@ pub(crate) struct Guest {
 
 /// The note that tells what is mounted.
 const MOUNTED: &str = "mounted";
+/// The note that tells which keys have opened what they are for.
+const UNLOCKED: &str = "unlocked";
 
 impl Guest {
     /// Opens a session, with LUKS volumes opened and nothing mounted.
@@ -86,6 +88,7 @@ impl Guest {
         }
         let mut guest = Self::on(args, file, access, Drive::open(args, file, access, true)?)?;
         guest.keep = Some((idle, kept::label(file)));
+        guest.note(UNLOCKED, keys::note(&args.key))?;
         Ok(guest)
     }
 
@@ -109,7 +112,12 @@ impl Guest {
         // What is mounted serves readers and writers alike.
         let access = if session.is_writable() { Access::Write } else { access };
         let mut guest = Self { session, watch, access, quiet: args.quiet, drive: None, keep: None };
-        keys::unlock(&mut guest, &args.key)?;
+        // To look for volumes takes the appliance seconds, and nothing closes one.
+        let wanted = keys::note(&args.key);
+        if wanted.is_some() && guest.session.notes().get(UNLOCKED) != wanted.as_ref() {
+            keys::unlock(&mut guest, &args.key)?;
+            guest.note(UNLOCKED, wanted)?;
+        }
         Ok(Some(guest))
     }
 
@@ -135,7 +143,7 @@ impl Guest {
         guest.forget_mounts()?;
         guest.mount(args).map_err(|failure| failure.of(&shown_file(&args.file)))?;
         if guest.drive.is_none() || guest.keep.is_some() {
-            guest.note_mounts(Some(wanted))?;
+            guest.note(MOUNTED, Some(wanted))?;
         }
         Ok(guest)
     }
@@ -146,15 +154,16 @@ impl Guest {
             return Ok(());
         }
         // First, so that nobody takes for mounted what no longer is.
-        self.note_mounts(None)?;
+        self.note(MOUNTED, None)?;
         self.call(Command::new("umount-all")).map(drop)
     }
 
-    fn note_mounts(&mut self, mounts: Option<Value>) -> Result<(), Failure> {
+    /// Leaves a note for later users of the session, or takes it away.
+    fn note(&mut self, name: &str, text: Option<Value>) -> Result<(), Failure> {
         let mut notes = self.session.notes();
-        match mounts {
-            Some(mounts) => notes.insert(MOUNTED.to_owned(), mounts),
-            None => notes.remove(MOUNTED),
+        match text {
+            Some(text) => notes.insert(name.to_owned(), text),
+            None => notes.remove(name),
         };
         self.session.set_notes(&notes).map_err(|error| self.watch.failure(error))
     }
@@ -272,7 +281,7 @@ impl Guest {
             .collect();
         mounts.sort_by_key(|(_, folder)| folder.len());
         if !mounts.is_empty() {
-            self.note_mounts(None)?;
+            self.note(MOUNTED, None)?;
             self.call(Command::new("umount-all"))?;
         }
         Ok(mounts)

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use diskmill_guestfs::Command;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use serde_json::{Value, json};
 
 use super::args::{Key, KeySource};
 use super::guest::Guest;
@@ -74,6 +75,20 @@ pub(crate) fn unlock(guest: &mut Guest, keys: &[Key]) -> Result<(), Failure> {
         return Err(Failure::failed("there are keys, but no LUKS volume that they are for"));
     }
     Ok(())
+}
+
+/// Which keys there are, if any, for a later command to compare. A session opens a volume once, so that the content of key
+/// files does not matter.
+pub(crate) fn note(keys: &[Key]) -> Option<Value> {
+    let source = |key: &Key| match &key.source {
+        KeySource::Prompt => None,
+        KeySource::File(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+    };
+    let keys: Vec<_> = keys
+        .iter()
+        .map(|key| json!([key.device, source(key).map(|p| p.to_string_lossy().into_owned())]))
+        .collect();
+    (!keys.is_empty()).then(|| keys.into())
 }
 
 /// Opens one volume; the reason when it cannot be.

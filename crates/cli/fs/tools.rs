@@ -51,25 +51,32 @@ pub(crate) struct UmountArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ScriptArgs {
     #[command(flatten)]
-    pub(crate) guest: GuestArgs,
+    pub(crate) guestfish: GuestfishArgs,
 
     /// The commands; `-` is standard input. Those that ask for a passphrase ask on the terminal
     #[arg(value_name = "FILE")]
     pub(crate) script: PathBuf,
-
-    /// Let the image be changed
-    #[arg(short = 'w', long)]
-    pub(crate) write: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ShellArgs {
+    #[command(flatten)]
+    pub(crate) guestfish: GuestfishArgs,
+}
+
+/// How guestfish is to find the image.
+#[derive(Debug, Args)]
+pub(crate) struct GuestfishArgs {
     #[command(flatten)]
     pub(crate) guest: GuestArgs,
 
     /// Let the image be changed
     #[arg(short = 'w', long)]
     pub(crate) write: bool,
+
+    /// Mount nothing, as for an empty disk: the first command is `run`
+    #[arg(long, conflicts_with_all = ["mount", "root"])]
+    pub(crate) no_mount: bool,
 }
 
 pub(crate) fn script(args: &ScriptArgs) -> Result<Exit, Failure> {
@@ -77,11 +84,11 @@ pub(crate) fn script(args: &ScriptArgs) -> Result<Exit, Failure> {
     if from_file {
         readable(&args.script)?;
     }
-    let mut tool = guestfish(&args.guest, args.write)?;
+    let mut tool = guestfish(&args.guestfish)?;
     if from_file {
         tool.tool.arg("-f").arg(&args.script);
     }
-    if !args.guest.image.json {
+    if !args.guestfish.guest.image.json {
         return Ok(exit_of(tool.tool.run()?));
     }
     let status = tool.tool.output()?;
@@ -94,10 +101,10 @@ pub(crate) fn script(args: &ScriptArgs) -> Result<Exit, Failure> {
 }
 
 pub(crate) fn shell(args: &ShellArgs) -> Result<Exit, Failure> {
-    if args.guest.image.json {
+    if args.guestfish.guest.image.json {
         return Err(Failure::usage("shell --json is not supported: it is for people; see script --json"));
     }
-    Ok(exit_of(guestfish(&args.guest, args.write)?.tool.run()?))
+    Ok(exit_of(guestfish(&args.guestfish)?.tool.run()?))
 }
 
 /// A tool, and what its appliance reads the image through.
@@ -106,17 +113,18 @@ struct WithDrive {
     _drive: Drive,
 }
 
-fn guestfish(args: &GuestArgs, write: bool) -> Result<WithDrive, Failure> {
-    if args.image.keep {
+fn guestfish(args: &GuestfishArgs) -> Result<WithDrive, Failure> {
+    let (guest, image) = (&args.guest, &args.guest.image);
+    if image.keep {
         return Err(Failure::usage("--keep is not supported here: guestfish has a session of its own"));
     }
-    let access = if write { Access::Write } else { Access::Read };
-    let drive = Drive::open(&args.image, &args.file, access, false)?;
-    let mut tool = Tool::new("guestfish", &args.image.settings, drive.size())?;
-    tool.arg(if write { "--rw" } else { "--ro" })
-        .args(drive.tool_arguments())
-        .keys(&args.image.key)?
-        .mounts(args)?;
+    let access = if args.write { Access::Write } else { Access::Read };
+    let drive = Drive::open(image, &guest.file, access, false)?;
+    let mut tool = Tool::new("guestfish", &image.settings, drive.size())?;
+    tool.arg(if args.write { "--rw" } else { "--ro" }).args(drive.tool_arguments()).keys(&image.key)?;
+    if !args.no_mount {
+        tool.mounts(guest)?;
+    }
     Ok(WithDrive { tool, _drive: drive })
 }
 

@@ -62,7 +62,7 @@ pub struct OpenOptions {
     /// Passphrases for encrypted images of the chain; each image takes the first that fits.
     pub keys: Vec<Secret>,
     /// Open encrypted images of the chain without a passphrase: to see what they are and which files they name. Their guest
-    /// data cannot be mapped or read then ([`Kind::Denied`]). Not for writing.
+    /// data cannot be mapped or read then ([`Kind::Denied`](crate::Kind::Denied)). Not for writing.
     pub locked: bool,
     /// Open the image itself for writing too (never its backing files), and keep all others from writing to it.
     pub writable: bool,

@@ -135,8 +135,11 @@ impl Disk {
         if kind.data_file_raw {
             return;
         }
-        // QEMU 10 loses the zeros of a version 2 image that had no backing file.
-        if ours || (kind.v2 && !kind.backed()) {
+        // QEMU 10 loses the zeros of a version 2 image that had no backing file, and zeroes memory beyond its buffer where the
+        // old backing file ends in the middle of a cluster.
+        let old = kind.on.content(&self.q).len() as u64;
+        let in_a_cluster = old < self.model.bytes().len() as u64 && !old.is_multiple_of(kind.cluster());
+        if ours || (kind.v2 && !kind.backed()) || in_a_cluster {
             let mut rebase = Rebase::open(&self.path, &options(), RebaseMode::Safe).unwrap();
             if let Some((name, format)) = onto.file() {
                 rebase.onto(name, Some(format.parse::<Format>().unwrap())).unwrap();
