@@ -108,5 +108,11 @@ fn what_is_free_goes_back() {
     let _ = fs.program(&["check", "copy.vmdk"]).ok();
     let _ = Cmd::new("qemu-img").args(["convert", "-O", "raw", "copy.vmdk", "back.raw"]).dir(dir).ok();
     assert_sound(dir, &swap);
+
+    // A copy of an encrypted image is plain, which its owner must hear of.
+    let words = ["sparsify", "--key-file", "key", "sparse.qcow2", "-O", "raw", "back.raw", "--force"];
+    let said = fs.ok(&words);
+    said.says(&["is encrypted, its copy is not"]);
+    assert_sound(dir, &swap);
     fs.cmd(&["sparsify", "--keep", "disk.raw", "copy"]).fails(2).says(&["--in-place"]);
 }

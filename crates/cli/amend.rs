@@ -27,7 +27,7 @@ Exit codes: 0 done; 1 error; 2 wrong usage.";
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = NOTES)]
 pub(crate) struct AmendArgs {
-    /// Format of the image: only qcow2 can be amended [default: told by its first bytes]
+    /// Format of the image: only qcow2 can be amended [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

@@ -20,7 +20,8 @@ Examples:
 
 const CONVERT_CODES: &str = "\
 Exit codes: 0 done; 1 error; 2 wrong usage; 3 done with --salvage, but parts could not be read; \
-128 + n: ended by signal n. After an error or a signal the old TARGET is still there, or none.";
+128 + n: ended by signal n. After an error or a signal the old TARGET is still there, or none, \
+unless it is a device or was written into (-n).";
 
 #[derive(Debug, Args)]
 #[command(
@@ -29,7 +30,7 @@ Exit codes: 0 done; 1 error; 2 wrong usage; 3 done with --salvage, but parts cou
     override_usage = "diskmill convert [OPTIONS] SOURCE... TARGET"
 )]
 pub(crate) struct ConvertArgs {
-    /// Format of the sources: raw, qcow2, vmdk or ova [default: told by their first bytes]
+    /// Format of the sources: raw, qcow2, vmdk or ova [default: detected from their first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) source_format: Option<Format>,
 
@@ -98,7 +99,7 @@ pub(crate) struct ConvertArgs {
     #[arg(long, value_name = "FILE", value_parser = secrets::from_file)]
     pub(crate) target_key_file: Option<Secret>,
 
-    /// Format of the backing file [default: told by its first bytes]
+    /// Format of the backing file [default: detected from its first bytes]
     #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
     pub(crate) backing_format: Option<Format>,
 
@@ -169,7 +170,7 @@ pub(crate) struct ConvertArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
-    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) format: Option<Format>,
 
@@ -193,7 +194,7 @@ pub(crate) struct InfoArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct MapArgs {
-    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) format: Option<Format>,
 
@@ -222,7 +223,7 @@ Exit codes: 0 same; 1 different; 2 wrong usage, or an image cannot be opened; 3 
 #[derive(Debug, Args)]
 #[command(after_help = COMPARE_CODES)]
 pub(crate) struct CompareArgs {
-    /// Format of the first image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the first image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, visible_alias = "format", value_name = "FMT")]
     pub(crate) a_format: Option<Format>,
 
@@ -265,7 +266,7 @@ Exit codes (with -r: after the repair): 0 no errors; 1 the check could not be co
 #[derive(Debug, Args)]
 #[command(after_help = CHECK_CODES)]
 pub(crate) struct CheckArgs {
-    /// Format of the image: qcow2 or vmdk [default: told by its first bytes]
+    /// Format of the image: qcow2 or vmdk [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) format: Option<Format>,
 

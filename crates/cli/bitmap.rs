@@ -62,7 +62,7 @@ pub(crate) struct BitmapArgs {
     #[arg(short = 'g', long, value_name = "SIZE", value_parser = parse_size, requires = "add")]
     granularity: Option<u64>,
 
-    /// Format of the image: qcow2 [default: told by its first bytes]
+    /// Format of the image: qcow2 [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

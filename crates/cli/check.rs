@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{CheckArgs, OutputForm, RepairWhat};
 use crate::exit::{Exit, Failure};
 use crate::json::qemu_style;
-use crate::say::{BAD, GOOD, NOTE};
+use crate::say::{self, BAD, GOOD, NOTE};
 
 /// Findings that are listed unless all are asked for.
 const SHOWN: u64 = 20;
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
         eprintln!("… and {} more (--verbose lists all)", count - SHOWN);
     }
     for warning in report.warnings.iter().filter(|_| !args.quiet) {
-        eprintln!("diskmill: warning: {warning}");
+        say::warning(warning);
     }
     let text = match args.output.form() {
         OutputForm::Json => qemu_style(&as_json(&report, args.format, &args.file.to_string_lossy())) + "\n",

@@ -39,7 +39,7 @@ pub(crate) enum Command {
     Convert(Deferred<ConvertArgs>),
     /// Show what an image is
     Info(Deferred<InfoArgs>),
-    /// Show where an image's guest data stands
+    /// Show where an image's guest data is stored
     Map(Deferred<MapArgs>),
     /// Tell whether two images show the guest the same bytes
     Compare(Deferred<CompareArgs>),
@@ -69,7 +69,7 @@ pub(crate) enum Command {
     Session(Deferred<crate::session::SessionArgs>),
     /// Tell what file-system commands need of this machine, and what it lacks
     Doctor(Deferred<crate::doctor::DoctorArgs>),
-    /// Take a command line of qemu-img's, `dd` and `bench` among them, and print what qemu-img prints
+    /// Accept a qemu-img command line, `dd` and `bench` among them, and print what qemu-img prints
     #[command(disable_help_flag = true)]
     QemuImg {
         /// A command of qemu-img's, and what belongs to it

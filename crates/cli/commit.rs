@@ -22,7 +22,7 @@ Neither file may be in use. Other images over the same backing file show somethi
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = CODES)]
 pub(crate) struct CommitArgs {
-    /// Format of the overlay [default: told by its first bytes]
+    /// Format of the overlay [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

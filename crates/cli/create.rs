@@ -38,7 +38,7 @@ pub(crate) struct CreateArgs {
     #[arg(short = 'b', long, visible_short_alias = 'B', value_name = "FILE")]
     backing: Option<String>,
 
-    /// Format of that image [default: told by its first bytes, if it is not raw]
+    /// Format of that image [default: detected from its first bytes, if it is not raw]
     #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
     backing_format: Option<Format>,
 

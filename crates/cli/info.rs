@@ -114,10 +114,6 @@ impl<'i> Layer<'i> {
         }
     }
 
-    fn is_encrypted(&self) -> bool {
-        self.qcow2().is_some_and(|qcow2| qcow2.area.header.crypt != CryptMethod::None)
-    }
-
     fn is_dirty(&self) -> bool {
         self.qcow2().is_some_and(|qcow2| qcow2.dirty)
     }
@@ -155,7 +151,7 @@ impl<'i> Layer<'i> {
         if let Some(name) = &self.info.backing_name {
             put("full-backing-filename", json!(resolved(&self.name, name)));
         }
-        if self.is_encrypted() {
+        if self.info.is_encrypted() {
             put("encrypted", json!(true));
         }
         if let Some(name) = &self.info.backing_name {
@@ -173,7 +169,7 @@ impl<'i> Layer<'i> {
         line("file format", info.format.name());
         line("virtual size", &exact_size(info.virtual_size));
         line("disk size", &human_size(self.disk_size));
-        if self.is_encrypted() {
+        if self.info.is_encrypted() {
             line("encrypted", "yes");
         }
         if let Some(size) = info.cluster_size {

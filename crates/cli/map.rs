@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use diskmill::qcow2::{CryptMethod, is_metadata_preallocated};
+use diskmill::qcow2::is_metadata_preallocated;
 use diskmill::{Allocation, Error, Extent, FormatInfo, Image, ImageFile, ImageInfo, Source};
 
 use crate::args::{MapArgs, OutputForm};
@@ -110,10 +110,6 @@ pub(crate) fn print(
     walked
 }
 
-fn is_encrypted(info: &ImageInfo) -> bool {
-    matches!(&info.specific, FormatInfo::Qcow2(qcow2) if qcow2.area.header.crypt != CryptMethod::None)
-}
-
 /// Calls `put` with each entry of `range`, adjacent ones merged.
 fn walk(
     image: &Image,
@@ -126,7 +122,7 @@ fn walk(
     }
     let mut holes = Holes::new(image);
     // As in QEMU, encrypted data has no offset: what stands there is not what the guest sees.
-    let encrypted: Vec<bool> = image.chain().map(|(_, info)| is_encrypted(info)).collect();
+    let encrypted: Vec<bool> = image.chain().map(|(_, info)| info.is_encrypted()).collect();
     let mut current: Option<Entry> = None;
     let mut at = range.start;
     while at < range.end {

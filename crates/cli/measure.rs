@@ -23,7 +23,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES)]
 pub(crate) struct MeasureArgs {
-    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT", requires = "file")]
     format: Option<Format>,
 

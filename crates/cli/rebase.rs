@@ -24,7 +24,7 @@ signal the image still has its old backing file, and the disk is as it was.";
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = CODES)]
 pub(crate) struct RebaseArgs {
-    /// Format of the image: qcow2 [default: told by its first bytes]
+    /// Format of the image: qcow2 [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 
@@ -33,7 +33,7 @@ pub(crate) struct RebaseArgs {
     #[arg(short = 'b', long, value_name = "FILE", required_unless_present = "flatten")]
     backing: Option<String>,
 
-    /// Format of the new backing file [default: told by its first bytes]
+    /// Format of the new backing file [default: detected from its first bytes]
     #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
     backing_format: Option<Format>,
 

@@ -24,7 +24,7 @@ Partitions and file systems on the disk stay as they are: shrink them before the
 #[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = NOTES)]
 pub(crate) struct ResizeArgs {
-    /// Format of the image: raw or qcow2 [default: told by its first bytes]
+    /// Format of the image: raw or qcow2 [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

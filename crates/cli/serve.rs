@@ -33,7 +33,7 @@ comes; then the socket is removed. Exit codes: 0 ended by a signal, or after the
 #[command(before_help = EXAMPLES, after_help = NOTES)]
 #[command(group = ArgGroup::new("address").required(true).args(["unix", "port"]))]
 pub(crate) struct ServeArgs {
-    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

@@ -15,7 +15,7 @@ use crate::fs::kept::{closed, is_writable};
 use crate::fs::leftovers;
 use crate::fs::output::print_json;
 use crate::fs::table::Table;
-use crate::names;
+use crate::{names, say};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -154,7 +154,7 @@ fn stop(args: &StopArgs) -> Result<Exit, Failure> {
             Ok(()) => stopped.push(kept.id()),
             Err(failure) => {
                 exit = Exit::Failed;
-                eprintln!("diskmill: {}", failure.message.unwrap_or_default());
+                say::failure(&failure);
             }
         }
     }

@@ -65,7 +65,7 @@ struct Letters {
 
 #[derive(Debug, Args)]
 struct Common {
-    /// Format of the image; only qcow2 has snapshots [default: told by its first bytes]
+    /// Format of the image; only qcow2 has snapshots [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     format: Option<Format>,
 

@@ -101,17 +101,15 @@ pub(super) fn memory(machine: &Machine) -> Check {
 }
 
 pub(super) fn io_uring() -> Check {
-    match EnginePlan::probe(EngineChoice::Uring, true) {
-        Ok(plan) if !plan.refused => Check::ok(Topic::IoUring, "the kernel makes a ring"),
-        Ok(plan) => Check::note(
-            Topic::IoUring,
-            format!("{}: plain reads and writes are used instead", plan.reason),
-            "only direct and device I/O gain from it; in a container: a seccomp profile that allows io_uring_*",
-        ),
-        Err(error) => {
-            Check::note(Topic::IoUring, error.to_string(), "nothing: plain reads and writes are used")
-        }
+    let plan = EnginePlan::probe(EngineChoice::Uring, true);
+    if !plan.refused {
+        return Check::ok(Topic::IoUring, "the kernel makes a ring");
     }
+    Check::note(
+        Topic::IoUring,
+        format!("{}: plain reads and writes are used instead", plan.reason),
+        "only direct and device I/O gain from it; in a container: a seccomp profile that allows io_uring_*",
+    )
 }
 
 pub(super) fn reflink(args: &DoctorArgs) -> Check {

@@ -106,7 +106,7 @@ pub(crate) enum Verb {
 /// How to open an image and its session.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ImageArgs {
-    /// Format of the image: raw, qcow2, vmdk or ova [default: told by its first bytes]
+    /// Format of the image: raw, qcow2, vmdk or ova [default: detected from its first bytes]
     #[arg(short = 'f', long, value_name = "FMT")]
     pub(crate) format: Option<Format>,
 

@@ -7,7 +7,6 @@ use std::process::{Child, Command as Process, ExitStatus, Output};
 use std::thread::sleep;
 use std::time::Duration;
 
-use diskmill_guestfs::Settings;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::args::{GuestArgs, Key, KeySource};
@@ -38,7 +37,7 @@ impl Tool {
     pub(crate) fn new(name: &'static str, args: &SettingsArgs, size: u64) -> Result<Self, Failure> {
         let (settings, _) = settings(args, size)?;
         let mut process = Process::new(name);
-        set_environment(&mut process, &settings);
+        settings.apply(&mut process);
         Ok(Self { name, process, verbose: settings.debug || settings.trace, secrets: Vec::new() })
     }
 
@@ -142,6 +141,8 @@ impl Tool {
             return if status.success() { Ok(()) } else { Err(failed(name, status, "")) };
         }
         let failed_to = |error: io::Error| Failure::failed(format!("cannot make a file: {error}"));
+        // Messages are read by us.
+        self.process.env("LC_ALL", "C");
         let mut said = tempfile::tempfile().map_err(failed_to)?;
         self.process.stderr(said.try_clone().map_err(failed_to)?);
         let status = self.run()?;
@@ -219,22 +220,4 @@ pub(crate) fn not_started(name: &str, error: &io::Error) -> Failure {
         ));
     }
     Failure::failed(format!("cannot run {name}: {error}"))
-}
-
-/// The variables of guestfs(3), "ENVIRONMENT VARIABLES". What is not set is inherited.
-fn set_environment(process: &mut Process, settings: &Settings) {
-    process.env("LIBGUESTFS_BACKEND", &settings.backend);
-    let mut set = |name: &str, value: Option<OsString>| {
-        if let Some(value) = value {
-            process.env(name, value);
-        }
-    };
-    set("LIBGUESTFS_BACKEND_SETTINGS", settings.backend_settings.clone().map(Into::into));
-    set("LIBGUESTFS_MEMSIZE", settings.memory_mib.map(|mib| mib.to_string().into()));
-    set("LIBGUESTFS_SMP", settings.cpus.map(|cpus| cpus.to_string().into()));
-    set("LIBGUESTFS_CACHEDIR", settings.cache_dir.clone().map(Into::into));
-    set("LIBGUESTFS_TMPDIR", settings.tmp_dir.clone().map(Into::into));
-    set("LIBGUESTFS_PATH", settings.appliance.clone().map(Into::into));
-    set("LIBGUESTFS_HV", settings.hypervisor.clone().map(Into::into));
-    set("LIBGUESTFS_APPEND", settings.kernel_arguments().map(Into::into));
 }

@@ -84,7 +84,7 @@ fn dead_servers() -> Vec<PathBuf> {
     let mut listening = None;
     let mut is_dead = |socket: &Path| {
         is_older(socket, YOUNG)
-            && !listening.get_or_insert_with(listening_sockets).iter().any(|name| name == socket)
+            && !listening.get_or_insert_with(bound_sockets).iter().any(|name| name == socket)
             // The table is that of this network namespace alone.
             && UnixStream::connect(socket).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     };
@@ -132,7 +132,7 @@ fn dead_guestfish_sockets(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// The names of all Unix sockets that exist in the kernel (proc(5), `/proc/net/unix`).
-fn listening_sockets() -> Vec<PathBuf> {
+fn bound_sockets() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     // Seven columns, then the name, which may have spaces.
     table
@@ -163,7 +163,7 @@ mod tests {
         drop(socket("socket-99999999"));
         fs::write(dir.path().join("socket-99999998"), "").unwrap();
         assert_eq!(dead_guestfish_sockets(dir.path()), [dir.path().join("socket-99999999")]);
-        assert!(listening_sockets().contains(&dir.path().join("socket-x")));
-        assert!(!listening_sockets().contains(&dir.path().join("socket-99999999")));
+        assert!(bound_sockets().contains(&dir.path().join("socket-x")));
+        assert!(!bound_sockets().contains(&dir.path().join("socket-99999999")));
     }
 }

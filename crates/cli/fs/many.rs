@@ -112,15 +112,13 @@ pub(crate) fn outcome<T>(files: &[PathBuf], results: &[Result<T, Failure>]) -> R
     let mut worst = None;
     for (file, result) in files.iter().zip(results) {
         let Err(failure) = result else { continue };
-        if let Some(message) = &failure.message {
-            match files.len() {
-                1 => eprintln!("diskmill: {message}"),
-                _ => eprintln!(
-                    "diskmill: {}: {}",
-                    names::shown(&file.to_string_lossy()),
-                    without_name(file, message)
-                ),
+        match &failure.message {
+            Some(message) if files.len() > 1 => {
+                let name = file.to_string_lossy();
+                let message = format!("{}: {}", names::shown(&name), without_name(file, message));
+                say::failure(&Failure { message: Some(message), ..*failure });
             }
+            _ => say::failure(failure),
         }
         worst = Some(failure.exit);
     }

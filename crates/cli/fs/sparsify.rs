@@ -19,8 +19,8 @@ use super::watch;
 use crate::args::ProgressArgs;
 use crate::exit::{Exit, Failure};
 use crate::job;
-use crate::names;
 use crate::size::human_size;
+use crate::{names, say};
 
 /// Bytes of a swap area that are kept: its header takes a page, and Linux has none larger.
 const SWAP_HEADER: u64 = 64 << 10;
@@ -38,7 +38,7 @@ pub(crate) struct SparsifyArgs {
     #[arg(value_name = "IMAGE")]
     pub(crate) file: PathBuf,
 
-    /// Make a sparse copy and leave IMAGE as it is
+    /// Make a sparse copy, which is not encrypted, and leave IMAGE as it is
     #[arg(value_name = "TARGET", required_unless_present = "in_place", conflicts_with = "in_place")]
     pub(crate) target: Option<PathBuf>,
 
@@ -165,6 +165,9 @@ fn copy(args: &SparsifyArgs, target: &Path) -> Result<(Vec<String>, u64), Failur
             "sparsifying into {name} is not supported: use -O raw, -O qcow2 or -O vmdk"
         )));
     };
+    if source.info().is_encrypted() && !args.image.quiet {
+        say::warning(format_args!("{:?} is encrypted, its copy is not (--in-place keeps it so)", args.file));
+    }
     let options = ConvertOptions { format: target_format, ..ConvertOptions::default() };
     let progress = ProgressArgs { show: false, mode: None, quiet: args.image.quiet };
     // A signal between the copy and the appliance counts, too.

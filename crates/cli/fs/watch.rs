@@ -162,7 +162,7 @@ fn why_long(settings: &Settings, shown: bool) -> Option<String> {
         _ if shown => None,
         Some(_) => Some("the appliance is being built, once for all later commands".to_owned()),
         None if settings.forces_emulation() => {
-            Some("the appliance is starting; emulated, that takes 10 to 30 s".to_owned())
+            Some("the appliance is starting; emulated, that takes 5 to 30 s".to_owned())
         }
         None => Some("the appliance is starting".to_owned()),
     }

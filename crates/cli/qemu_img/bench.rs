@@ -1,6 +1,7 @@
 //! `qemu-img bench`: how long a number of equal requests takes.
 
 use std::io::{Write as _, stdout};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
@@ -142,7 +143,7 @@ fn in_parallel(depth: u64, work: impl Fn() -> Result<(), Error> + Sync) -> Resul
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(&work)).collect();
         let mut result = work();
         for other in others {
-            result = result.and(other.join().unwrap_or(Ok(())));
+            result = result.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
         }
         result
     })

@@ -79,11 +79,21 @@ impl Unpacker {
     }
 }
 
-/// Unpacks a raw deflate stream that may go on after the unit is full.
+/// Unpacks a raw deflate stream that fills the unit and has no end. One that has more than the unit takes is damaged: without
+/// a checksum, only its length can tell.
 fn fills(packed: &[u8], unit: &mut [u8]) -> bool {
-    let mut inflate = Decompress::new(false);
-    let _ = inflate.decompress(packed, unit, FlushDecompress::Finish);
-    inflate.total_out() == unit.len() as u64
+    /// What a writer that flushes its stream instead of ending it leaves last; the next cluster's payload may follow.
+    const FLUSHED: [u8; 4] = [0, 0, 0xff, 0xff];
+    let inflate = |packed: &[u8], out: &mut [u8]| {
+        let mut inflate = Decompress::new(false);
+        let _ = inflate.decompress(packed, out, FlushDecompress::Finish);
+        (inflate.total_in() as usize, inflate.total_out() as usize)
+    };
+    let (used, got) = inflate(packed, unit);
+    let taken = packed.get(..used.saturating_add(FLUSHED.len())).unwrap_or(packed);
+    let flushed = taken.windows(FLUSHED.len()).rposition(|bytes| bytes == FLUSHED);
+    let packed = flushed.and_then(|at| packed.get(..at + FLUSHED.len())).unwrap_or(packed);
+    got == unit.len() && inflate(packed, &mut vec![0; unit.len() + 1]).1 == unit.len()
 }
 
 #[cfg(test)]
@@ -99,8 +109,26 @@ mod tests {
             .compress_vec(&unit, &mut packed, FlushCompress::Sync)
             .unwrap();
         let mut back = vec![0; unit.len()];
-        assert_eq!(Unpacker::new().unpack(Codec::Deflate, &packed, &mut back), Ok(None));
-        assert_eq!(back, unit);
+        // The next cluster's payload follows in the same sector.
+        for next in [&[][..], &packed.clone()] {
+            packed.extend_from_slice(next);
+            assert_eq!(Unpacker::new().unpack(Codec::Deflate, &packed, &mut back), Ok(None));
+            assert_eq!(back, unit);
+        }
+    }
+
+    #[test]
+    fn a_stream_that_goes_on_after_the_unit_is_damaged() {
+        let longer: Vec<u8> =
+            (0..9000u32).flat_map(|number| number.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+        for flush in [FlushCompress::Sync, FlushCompress::Finish] {
+            let mut packed = Vec::with_capacity(2 * longer.len());
+            Compress::new(Compression::new(6), false).compress_vec(&longer, &mut packed, flush).unwrap();
+            for unit in [512, 4096, longer.len() - 1] {
+                let damaged = Unpacker::new().unpack(Codec::Deflate, &packed, &mut vec![0; unit]);
+                assert!(matches!(damaged, Err(Error::Damaged(_))), "{unit}: {damaged:?}");
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 use std::ops::Range;
 
 use diskmill_codec::Codec;
+use diskmill_format::qcow2::CryptMethod;
 use diskmill_format::{GuestOffset, HostOffset};
 
 use crate::error::Error;
@@ -160,6 +161,13 @@ pub struct ImageInfo {
     pub warnings: Vec<String>,
     /// What only this format has.
     pub specific: FormatInfo,
+}
+
+impl ImageInfo {
+    /// Whether the image encrypts its guest data (LUKS or AES).
+    pub fn is_encrypted(&self) -> bool {
+        matches!(&self.specific, FormatInfo::Qcow2(qcow2) if qcow2.area.header.crypt != CryptMethod::None)
+    }
 }
 
 /// Facts that only one format has.

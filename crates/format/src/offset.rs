@@ -21,12 +21,6 @@ macro_rules! offset {
                     None => None,
                 }
             }
-
-            /// The distance in bytes from `earlier` up to this offset, or `None` if it lies before.
-            #[must_use]
-            pub const fn checked_since(self, earlier: Self) -> Option<u64> {
-                self.0.checked_sub(earlier.0)
-            }
         }
 
         impl fmt::Display for $name {

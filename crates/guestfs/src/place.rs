@@ -146,7 +146,7 @@ fn fresh_dir(root: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Eight characters that nobody guesses twice.
+/// A random name of eight characters.
 pub(crate) fn random_name() -> io::Result<String> {
     let mut bytes = [0; 4];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;

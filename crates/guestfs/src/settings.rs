@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -159,30 +160,31 @@ impl Settings {
         (!all.is_empty()).then(|| all.join(" "))
     }
 
-    /// The variables for guestfish, and which of ours it must not see.
-    pub(crate) fn environment(&self) -> Vec<(&'static str, Option<OsString>)> {
+    /// Puts these settings into the environment of `command`, for libguestfs (guestfs(3), "ENVIRONMENT VARIABLES").
+    pub fn apply(&self, command: &mut Command) {
         let text = |value: &Option<String>| value.as_ref().map(OsString::from);
         let path = |value: &Option<PathBuf>| value.as_ref().map(|path| path.clone().into_os_string());
         let number = |value: Option<u32>| value.map(|n| n.to_string().into());
         let flag = |on: bool| on.then(|| "1".into());
-        vec![
-            // Messages are read by us.
-            ("LC_ALL", Some("C".into())),
-            // It runs our event handlers, dozens of times in each start: a small one, that knows their language.
-            ("SHELL", Some("/bin/sh".into())),
-            ("GUESTFISH_PID", None),
-            ("GUESTFISH_INIT", None),
+        let variables = [
             ("LIBGUESTFS_BACKEND", Some(self.backend.clone().into())),
             ("LIBGUESTFS_BACKEND_SETTINGS", text(&self.backend_settings)),
             ("LIBGUESTFS_MEMSIZE", number(self.memory_mib)),
             ("LIBGUESTFS_SMP", number(self.cpus)),
             ("LIBGUESTFS_CACHEDIR", path(&self.cache_dir)),
+            ("LIBGUESTFS_TMPDIR", path(&self.tmp_dir)),
             ("LIBGUESTFS_PATH", path(&self.appliance)),
             ("LIBGUESTFS_HV", path(&self.hypervisor)),
             ("LIBGUESTFS_APPEND", self.kernel_arguments().map(OsString::from)),
             ("LIBGUESTFS_DEBUG", flag(self.debug)),
             ("LIBGUESTFS_TRACE", flag(self.trace)),
-        ]
+        ];
+        for (name, value) in variables {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
     }
 }
 

@@ -375,15 +375,6 @@ impl Storage for FileStorage {
     }
 }
 
-/// Whether clones between the two are worth a try: both are regular files of one file system.
-pub fn same_filesystem(a: &dyn Storage, b: &dyn Storage) -> bool {
-    let device = |s: &dyn Storage| {
-        let meta = File::from(s.fd()?.try_clone_to_owned().ok()?).metadata().ok()?;
-        meta.is_file().then(|| meta.dev())
-    };
-    device(a).is_some_and(|dev| device(b) == Some(dev))
-}
-
 /// `_IO(0x12, 127)`; as `BLKSSZGET` is `_IO(0x12, 104)`, this is right on every architecture.
 const BLKZEROOUT: libc::Ioctl = libc::BLKSSZGET + 127 - 104;
 

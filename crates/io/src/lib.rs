@@ -7,7 +7,7 @@
 //! * [`PipeReader`] and [`PipeWriter`]: streams, front to back.
 //! * [`PendingFile`]: output that appears under its name only when it is whole; [`temporary()`]: a file without a name.
 //!
-//! This is the only crate of the workspace with `unsafe` code. It knows nothing of image formats.
+//! This is the crate for `unsafe` code; outside it, only `diskmill-codec` has some, for calls into libdeflate. It knows nothing of image formats.
 
 use std::fmt;
 use std::io;
@@ -31,7 +31,7 @@ mod temporary;
 pub use buf::{BUF_ALIGN, Buf};
 pub use engine::{EngineChoice, EnginePlan, SyncEngine, UringEngine};
 pub use faulty::{CrashStates, FaultyStorage, Moment};
-pub use file::{FileStorage, OpenHow, same_filesystem};
+pub use file::{FileStorage, OpenHow};
 pub use inherit::inherit_nothing;
 pub use lock::{CustodyLock, ImageLock, LockError, LockMode};
 pub use memory::MemoryStorage;

@@ -20,11 +20,11 @@ pub(crate) const LEVELS: RangeInclusive<i32> = 1..=12;
 /// The fastest level whose output is about as large as that of zlib's level 6 with a window of 4 KiB: at most 0.2 % larger
 /// on file systems full of real files.
 pub(crate) const LEVEL: i32 = 1;
-/// One unit in so many is packed at the next level where no level is asked for, which makes up for that: the next level
-/// takes a fifth longer, and packs 2 to 3 % smaller.
-const FINER: u64 = 8;
 /// The same with the full window of 32 KiB.
 pub(crate) const LEVEL_WRAPPED: i32 = 6;
+/// One unit in so many is packed at the level after [`LEVEL`] where no level is asked for, which makes up for what that is
+/// larger: the next level takes a fifth longer, and packs 2 to 3 % smaller.
+const FINER: u64 = 8;
 
 /// A compressor's context.
 pub(crate) struct Deflate {

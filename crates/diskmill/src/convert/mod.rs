@@ -41,7 +41,7 @@ use existing::Existing;
 use placer::Placer;
 use planner::Planner;
 use target::Target;
-use worker::{Shared, Worker};
+use worker::Shared;
 
 /// Extents of each source that are looked at for a packed one.
 const LOOKED_AT: usize = 1024;
@@ -208,25 +208,12 @@ fn run(
     started: Instant,
     naming: Naming,
 ) -> Result<(Summary, Option<Target>)> {
-    let mut options = options.clone();
-    let size = match &input {
-        Input::Images(images) => Some(total_size(images)?),
-        Input::Stream(_) => None,
-        Input::VmdkStream(stream) => Some(stream.size()),
+    let (sources, size): (&[Image], _) = match &input {
+        Input::Images(images) => (images, Some(total_size(images)?)),
+        Input::Stream(_) => (&[], None),
+        Input::VmdkStream(stream) => (&[], Some(stream.size())),
     };
-    options.settle(&output)?;
-    if let TargetFormat::Qcow2(qcow2) = &mut options.format
-        && options.compress.is_some_and(|compression| compression.level.is_none())
-        && options.create
-        && !options.recompress
-        && let Some(unit) = packed_unit(&input, qcow2.codec())
-    {
-        qcow2.fit_clusters(unit);
-    }
-    let sources: &[Image] = match &input {
-        Input::Images(images) => images,
-        Input::Stream(_) | Input::VmdkStream(_) => &[],
-    };
+    let mut options = settled(options, &input, &output)?;
     let carried = Carried::collect(sources, &options)?;
     let adopted = match &output {
         Output::Path(path) if !options.create && options.format.has_tables() => {
@@ -254,17 +241,12 @@ fn run(
     monitor.start(size.unwrap_or(0));
 
     let wants_uring = options.direct || target.is_device() || sources.iter().any(is_on_device);
-    let plan = EnginePlan::probe(options.engine, wants_uring)
-        .map_err(|error| Error::io("cannot probe for io_uring", error))?;
+    let plan = EnginePlan::probe(options.engine, wants_uring);
     let packer = options.packer(&*assembler)?;
     let fingerprint = assembler.wants_fingerprint();
     let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
     let offload = target.offload(sources, &options, packer.is_some())?;
     let planner = Planner::new(input, &*assembler, &options, offload)?;
-    if options.threads.is_none() && !sources.is_empty() && sources.iter().all(has_no_data) {
-        // To ask how many CPUs there are takes a tenth of the time that a conversion of nothing takes.
-        options.threads = Some(1);
-    }
     let buffers = Buffers::new(&planner, &options, packer.is_some(), plan.kind != "sync");
     let threads = buffers.workers();
 
@@ -288,21 +270,7 @@ fn run(
         bad: Default::default(),
         failed: Default::default(),
     };
-    std::thread::scope(|scope| {
-        let shared = &shared;
-        let helpers = move || {
-            for index in 1..threads {
-                let spawned = std::thread::Builder::new()
-                    .name(format!("worker-{index}"))
-                    .spawn_scoped(scope, move || Worker::new(shared).run());
-                // With fewer threads than planned the work gets done all the same.
-                if spawned.is_err() {
-                    break;
-                }
-            }
-        };
-        Worker::new(shared).with_helpers(helpers).run();
-    });
+    worker::run(&shared, threads);
     let (mut placer, size, bad) = shared.into_result()?;
     let size = target.virtual_size(size);
     placer.finish(size, &options, monitor)?;
@@ -320,6 +288,28 @@ fn run(
         ..Summary::of_bytes(monitor)
     };
     Ok((summary, Some(target)))
+}
+
+/// The options with all that follows from what is read and written.
+fn settled(options: &ConvertOptions, input: &Input<'_>, output: &Output) -> Result<ConvertOptions> {
+    let mut options = options.clone();
+    options.settle(output)?;
+    if let TargetFormat::Qcow2(qcow2) = &mut options.format
+        && options.compress.is_some_and(|compression| compression.level.is_none())
+        && options.create
+        && !options.recompress
+        && let Some(unit) = packed_unit(input, qcow2.codec())
+    {
+        qcow2.fit_clusters(unit);
+    }
+    if let Input::Images(images) = input
+        && options.threads.is_none()
+        && images.iter().all(has_no_data)
+    {
+        // To ask how many CPUs there are takes a tenth of the time that a conversion of nothing takes.
+        options.threads = Some(1);
+    }
+    Ok(options)
 }
 
 /// Writes into an image that holds something (`-n`).

@@ -66,8 +66,28 @@ enum InFlight {
     Write(u64),
 }
 
+/// Works from `threads` threads, of which this is one, until all is done or something fails.
+pub(super) fn run(shared: &Shared<'_>, threads: usize) {
+    std::thread::scope(|scope| {
+        let helpers = move || {
+            for index in 1..threads {
+                let spawned = std::thread::Builder::new()
+                    .name(format!("worker-{index}"))
+                    .spawn_scoped(scope, move || Worker::new(shared).run());
+                // With fewer threads than planned the work gets done all the same.
+                if spawned.is_err() {
+                    break;
+                }
+            }
+        };
+        let mut first = Worker::new(shared);
+        first.helpers = Some(Box::new(helpers));
+        first.run();
+    });
+}
+
 /// Reads, unpacks, looks for zeros, packs and leaves what it has with the placer, until nothing is left.
-pub(super) struct Worker<'s, 'a> {
+struct Worker<'s, 'a> {
     shared: &'s Shared<'a>,
     engine: Box<dyn Engine>,
     unpacker: Unpacker,
@@ -95,7 +115,7 @@ impl Drop for Worker<'_, '_> {
 }
 
 impl<'s, 'a> Worker<'s, 'a> {
-    pub(super) fn new(shared: &'s Shared<'a>) -> Self {
+    fn new(shared: &'s Shared<'a>) -> Self {
         Self {
             engine: shared.plan.engine(shared.depth),
             shared,
@@ -111,13 +131,7 @@ impl<'s, 'a> Worker<'s, 'a> {
         }
     }
 
-    /// The same worker, which calls `helpers` when it finds the first work to share.
-    pub(super) fn with_helpers(mut self, helpers: impl FnOnce() + 's) -> Self {
-        self.helpers = Some(Box::new(helpers));
-        self
-    }
-
-    pub(super) fn run(mut self) {
+    fn run(mut self) {
         if let Err(error) = self.work() {
             self.shared.fail(error);
         }

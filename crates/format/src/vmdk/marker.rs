@@ -134,13 +134,6 @@ pub fn encode_footer(footer: &SparseHeader) -> [u8; FOOTER_BYTES as usize] {
     b
 }
 
-/// Where the footer marker stands in a file of `file_bytes` that keeps the rule: 1536 bytes before
-/// the end. `None` when the file is too short to hold a header and a footer.
-#[must_use]
-pub fn footer_offset(file_bytes: u64) -> Option<u64> {
-    file_bytes.checked_sub(FOOTER_BYTES).filter(|&offset| offset >= SECTOR_BYTES)
-}
-
 /// A footer found by [`find_footer`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Footer {
@@ -235,8 +228,6 @@ mod tests {
         let found = find_footer(&bytes).unwrap();
         assert_eq!((found.position, &found.header), (512, &footer()));
         assert!(found.doubts.is_empty());
-        assert_eq!(footer_offset(72_704), Some(72_704 - 1536));
-        assert_eq!(footer_offset(1536), None);
     }
 
     #[test]

@@ -54,12 +54,11 @@ pub(super) fn start(settings: &Settings, place: &Place) -> Result<Server> {
 /// guestfish with the environment of the settings and the folders of the session.
 pub(super) fn guestfish(settings: &Settings, place: &Place) -> Command {
     let mut command = Command::new(&settings.guestfish);
-    for (name, value) in settings.environment() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
+    settings.apply(&mut command);
+    // Messages are read by us.
+    command.env("LC_ALL", "C");
+    // It runs our event handlers, dozens of times in each start: a small one, that knows their language.
+    command.env("SHELL", "/bin/sh").env_remove("GUESTFISH_PID").env_remove("GUESTFISH_INIT");
     // libguestfs puts its sockets into the one and overlays into the other.
     command.env("XDG_RUNTIME_DIR", &place.dir).env("LIBGUESTFS_TMPDIR", &place.scratch);
     command

@@ -39,12 +39,10 @@ const SYNC: &str = "sync";
 
 impl EnginePlan {
     /// Chooses an engine. Where io_uring is wanted (always with [`EngineChoice::Uring`], with `want_uring_in_auto`
-    /// if the choice is left to us) it is tried by making a ring and doing a no-op.
-    ///
-    /// # Errors
-    /// None today: whatever the kernel says against io_uring leads to the synchronous engine, with the reason.
-    pub fn probe(choice: EngineChoice, want_uring_in_auto: bool) -> io::Result<EnginePlan> {
-        let plan = |kind, reason: &str| Ok(EnginePlan { kind, reason: reason.to_owned(), refused: false });
+    /// if the choice is left to us) it is tried by making a ring and doing a no-op; whatever the kernel says against it
+    /// leads to the synchronous engine, with the reason.
+    pub fn probe(choice: EngineChoice, want_uring_in_auto: bool) -> EnginePlan {
+        let plan = |kind, reason: &str| EnginePlan { kind, reason: reason.to_owned(), refused: false };
         match choice {
             EngineChoice::Sync => return plan(SYNC, "chosen by the caller"),
             EngineChoice::Auto if !want_uring_in_auto => {
@@ -52,11 +50,11 @@ impl EnginePlan {
             }
             EngineChoice::Auto | EngineChoice::Uring => {}
         }
-        Ok(match UringEngine::new(1).and_then(|mut engine| engine.probe()) {
-            Ok(()) if choice == EngineChoice::Uring => return plan(URING, "chosen by the caller"),
-            Ok(()) => return plan(URING, "direct or device I/O gains from deep queues"),
+        match UringEngine::new(1).and_then(|mut engine| engine.probe()) {
+            Ok(()) if choice == EngineChoice::Uring => plan(URING, "chosen by the caller"),
+            Ok(()) => plan(URING, "direct or device I/O gains from deep queues"),
             Err(e) => EnginePlan { kind: SYNC, reason: refusal(&e), refused: choice == EngineChoice::Uring },
-        })
+        }
     }
 
     /// An engine for the calling thread, with up to `depth` batches in flight. Where this thread's ring cannot be
@@ -165,11 +163,11 @@ mod tests {
             (libc::EPERM, "Operation not permitted (EPERM): a seccomp filter or kernel.io_uring_disabled"),
             (libc::ENOSYS, "Function not implemented (ENOSYS): not built into this kernel, or a sandbox"),
         ] {
-            let before = EnginePlan::probe(EngineChoice::Uring, true).unwrap();
+            let before = EnginePlan::probe(EngineChoice::Uring, true);
             let check = move || {
                 forbid_io_uring(errno);
                 for choice in [EngineChoice::Uring, EngineChoice::Auto] {
-                    let plan = EnginePlan::probe(choice, true).unwrap();
+                    let plan = EnginePlan::probe(choice, true);
                     assert_eq!((plan.kind, plan.refused), ("sync", choice == EngineChoice::Uring));
                     assert_eq!(plan.reason, format!("io_uring refused by the kernel: {words}"));
                     assert_eq!(plan.engine(4).name(), "sync");
