@@ -12,12 +12,13 @@ use diskmill_guestfs::Command;
 use serde_json::json;
 
 use super::args::{FileType, GetArgs, PutArgs, TarInArgs, TarOutArgs};
-use super::extract::{Keep, Unpacked, unpack};
+use super::copied::{Copied, Counted};
+use super::extract::{Keep, unpack};
 use super::guest::{Access, Guest};
 use super::meta::Meta;
 use super::name::{base, guest_path, join, parent, shown};
 use super::output::print_json;
-use super::pack::{Owner, Packed, open_regular, pack};
+use super::pack::{Owner, open_regular, pack};
 use crate::exit::{Exit, Failure};
 
 pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
@@ -44,7 +45,7 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
     }
     let keep = Keep { owners: args.archive, existing: args.force };
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
-    let mut done = Unpacked::default();
+    let mut done = Copied::default();
     for path in paths {
         let path = guest_path(path);
         // What is named follows links, what is below does not.
@@ -66,18 +67,12 @@ pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
             _ => return Err(Failure::failed(format!("{} is neither a file nor a folder", shown(&path)))),
         }
     }
-    guest.finish()?;
-    if done.left_out > 0 && !args.guest.image.quiet {
-        eprintln!("diskmill: {} device nodes, FIFOs and sockets were left out", done.left_out);
+    if let Some(remark) = done.remark() {
+        guest.remark(&remark);
     }
+    guest.finish()?;
     if args.guest.image.json {
-        return print_json(&json!({
-            "files": done.files,
-            "directories": done.folders,
-            "links": done.links,
-            "bytes": done.bytes,
-            "left-out": done.left_out,
-        }));
+        return print_json(&done.as_json());
     }
     Ok(Exit::Done)
 }
@@ -92,7 +87,7 @@ fn host_name(path: &[u8]) -> Result<&OsStr, Failure> {
     }
 }
 
-fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) -> Result<Unpacked, Failure> {
+fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) -> Result<Copied, Failure> {
     let failed = |error: io::Error| host_failure(to, &error);
     // Under a name of its own until it is whole.
     let mut file =
@@ -108,7 +103,7 @@ fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) 
     let placed =
         if keep.existing { file.persist(to).map(drop) } else { file.persist_noclobber(to).map(drop) };
     placed.map_err(|error| exists(to, &error.error))?;
-    Ok(Unpacked { files: 1, bytes, ..Unpacked::default() })
+    Ok(Copied::file(bytes))
 }
 
 fn system_time(seconds: i64, nanos: i64) -> std::time::SystemTime {
@@ -121,7 +116,7 @@ fn system_time(seconds: i64, nanos: i64) -> std::time::SystemTime {
     time.unwrap_or(epoch)
 }
 
-fn get_tree(guest: &mut Guest, path: &[u8], to: &Path, keep: Keep) -> Result<Unpacked, Failure> {
+fn get_tree(guest: &mut Guest, path: &[u8], to: &Path, keep: Keep) -> Result<Copied, Failure> {
     match fs::DirBuilder::new().create(to) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && keep.existing => {}
         made => made.map_err(|error| exists(to, &error))?,
@@ -145,16 +140,6 @@ fn get_tree(guest: &mut Guest, path: &[u8], to: &Path, keep: Keep) -> Result<Unp
         let unpacked = unpacked.map_err(|error| host_failure(to, &error))?;
         sent.map(|()| unpacked)
     })
-}
-
-impl Unpacked {
-    fn add(&mut self, other: &Self) {
-        self.files = self.files.saturating_add(other.files);
-        self.folders = self.folders.saturating_add(other.folders);
-        self.links = self.links.saturating_add(other.links);
-        self.bytes = self.bytes.saturating_add(other.bytes);
-        self.left_out = self.left_out.saturating_add(other.left_out);
-    }
 }
 
 /// File systems that have no owners and permissions, or none unless they are mounted so (ntfs-3g(8), "permissions"); in
@@ -189,7 +174,7 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
             shown(&target)
         )));
     }
-    let mut done = Packed::default();
+    let mut done = Copied::default();
     let mut not_kept = None;
     for (source, meta) in sources.iter().zip(&metas) {
         let source = Path::new(source);
@@ -220,19 +205,14 @@ pub(crate) fn put(args: &PutArgs) -> Result<Exit, Failure> {
     if let Some(filesystem) = &not_kept {
         guest.remark(&format!("{filesystem} keeps no owners and modes: they are lost"));
     }
-    guest.finish()?;
-    if done.left_out > 0 && !args.guest.image.quiet {
-        eprintln!("diskmill: {} device nodes, FIFOs and sockets were left out", done.left_out);
+    if let Some(remark) = done.remark() {
+        guest.remark(&remark);
     }
+    guest.finish()?;
     if args.guest.image.json {
-        return print_json(&json!({
-            "files": done.files,
-            "directories": done.folders,
-            "links": done.links,
-            "bytes": done.bytes,
-            "left-out": done.left_out,
-            "owners-kept": not_kept.is_none(),
-        }));
+        let mut result = done.as_json();
+        result["owners-kept"] = json!(not_kept.is_none());
+        return print_json(&result);
     }
     Ok(Exit::Done)
 }
@@ -254,7 +234,7 @@ fn put_file(
     to: &[u8],
     args: &PutArgs,
     owners: bool,
-) -> Result<Packed, Failure> {
+) -> Result<Copied, Failure> {
     let failed = |error: io::Error| host_failure(source, &error);
     let mut input: Box<dyn Read> = match meta {
         None => Box::new(io::stdin().lock()),
@@ -264,7 +244,7 @@ fn put_file(
             Box::new(open_regular(&real).map_err(failed)?)
         }
     };
-    let mut counted = Counted { inner: &mut *input, bytes: 0 };
+    let mut counted = Counted::new(&mut *input);
     let fresh = guest.lstat_if_there(to)?.is_none();
     if let Err(failure) = guest.upload(&mut counted, to) {
         if fresh {
@@ -287,23 +267,10 @@ fn put_file(
     if let Some(meta) = meta {
         guest.set_modified(to, meta.mtime(), meta.mtime_nsec())?;
     }
-    Ok(Packed { files: 1, bytes, ..Packed::default() })
+    Ok(Copied::file(bytes))
 }
 
-struct Counted<'r> {
-    inner: &'r mut dyn Read,
-    bytes: u64,
-}
-
-impl Read for Counted<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let len = self.inner.read(buf)?;
-        self.bytes = self.bytes.saturating_add(len as u64);
-        Ok(len)
-    }
-}
-
-fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Result<Packed, Failure> {
+fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Result<Copied, Failure> {
     if guest.lstat_if_there(to)?.is_none() {
         guest.call(Command::new("mkdir").arg(to))?;
     }
@@ -324,16 +291,6 @@ fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Resu
             (Ok(_), Err(failure)) => Err(failure),
         }
     })
-}
-
-impl Packed {
-    fn add(&mut self, other: &Self) {
-        self.files = self.files.saturating_add(other.files);
-        self.folders = self.folders.saturating_add(other.folders);
-        self.links = self.links.saturating_add(other.links);
-        self.bytes = self.bytes.saturating_add(other.bytes);
-        self.left_out = self.left_out.saturating_add(other.left_out);
-    }
 }
 
 pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
@@ -368,7 +325,7 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         command = command.opt_list("excludes", args.exclude.iter().map(|glob| glob.as_bytes()));
     }
     let bytes = if to_stdout {
-        let mut out = CountedWriter { inner: io::stdout(), bytes: 0 };
+        let mut out = Counted::new(io::stdout());
         guest.send(&command, None, &mut out)?;
         out.flush()?;
         out.bytes
@@ -379,7 +336,7 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
             .prefix(".diskmill-")
             .permissions(fs::Permissions::from_mode(0o666))
             .tempfile_in(folder_of(&args.archive));
-        let mut out = CountedWriter { inner: file.map_err(failed)?, bytes: 0 };
+        let mut out = Counted::new(file.map_err(failed)?);
         guest.send(&command, None, &mut out)?;
         out.inner.persist(&args.archive).map_err(|error| failed(error.error))?;
         out.bytes
@@ -389,23 +346,6 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         return print_json(&json!({ "archive": args.archive.to_string_lossy(), "bytes": bytes }));
     }
     Ok(Exit::Done)
-}
-
-struct CountedWriter<W> {
-    inner: W,
-    bytes: u64,
-}
-
-impl<W: Write> Write for CountedWriter<W> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let len = self.inner.write(buf)?;
-        self.bytes = self.bytes.saturating_add(len as u64);
-        Ok(len)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }
 
 pub(crate) fn tar_in(args: &TarInArgs) -> Result<Exit, Failure> {
@@ -425,7 +365,7 @@ pub(crate) fn tar_in(args: &TarInArgs) -> Result<Exit, Failure> {
             command = command.opt(key, "true");
         }
     }
-    let mut counted = Counted { inner: &mut *input, bytes: 0 };
+    let mut counted = Counted::new(&mut *input);
     guest.send(&command, Some(&mut counted), &mut io::sink())?;
     let bytes = counted.bytes;
     guest.finish()?;

@@ -17,6 +17,7 @@ use rustix::fs::{
 };
 use tar::{Archive, Entry, EntryType};
 
+use super::copied::Copied;
 use super::name::{parts, shown};
 
 /// Longest path or link target that is taken, in bytes: Linux's `PATH_MAX` and some.
@@ -33,25 +34,14 @@ pub(crate) struct Keep {
     pub(crate) existing: bool,
 }
 
-/// What was unpacked.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Unpacked {
-    pub(crate) files: u64,
-    pub(crate) folders: u64,
-    pub(crate) links: u64,
-    pub(crate) bytes: u64,
-    /// Device nodes, FIFOs and sockets, which are left out.
-    pub(crate) left_out: u64,
-}
-
 /// Unpacks `archive` below the folder `target`, which exists.
 ///
 /// # Errors
 /// A name that leads out of the folder, a kind of member that tar-out never writes, what the system says, and a name that
 /// exists already unless `keep` says otherwise. What was unpacked before stays.
-pub(crate) fn unpack(archive: impl Read, target: &Path, keep: Keep) -> io::Result<Unpacked> {
+pub(crate) fn unpack(archive: impl Read, target: &Path, keep: Keep) -> io::Result<Copied> {
     let root = open(target, FOLDER, Mode::empty())?;
-    let mut unpacker = Unpacker { root, keep, last: None, folders: Vec::new(), done: Unpacked::default() };
+    let mut unpacker = Unpacker { root, keep, last: None, folders: Vec::new(), done: Copied::default() };
     let mut archive = Archive::new(archive);
     let (mut long_name, mut long_link) = (None, None);
     // Raw: long names are members of their own then, and their length can be limited.
@@ -94,7 +84,7 @@ struct Unpacker {
     last: Option<(Vec<u8>, OwnedFd)>,
     /// Folders and what they get at the end, when nothing needs to be written into them any more.
     folders: Vec<(Vec<u8>, Attributes)>,
-    done: Unpacked,
+    done: Copied,
 }
 
 #[derive(Debug, Clone)]
@@ -231,7 +221,7 @@ impl Unpacker {
     }
 
     /// Gives the folders their modes, owners and times, the deepest first, so that none is shut before it is done.
-    fn finish(mut self) -> io::Result<Unpacked> {
+    fn finish(mut self) -> io::Result<Copied> {
         for (name, attributes) in std::mem::take(&mut self.folders).into_iter().rev() {
             let fd = match split(&name)? {
                 None => self.root.try_clone()?,

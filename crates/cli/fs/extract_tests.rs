@@ -6,7 +6,8 @@ use std::path::Path;
 
 use tar::{Builder, EntryType, Header};
 
-use super::extract::{Keep, Unpacked, unpack};
+use super::copied::Copied;
+use super::extract::{Keep, unpack};
 
 /// A member: kind, name, link target, content.
 type Member<'m> = (EntryType, &'m [u8], &'m [u8], &'m [u8]);
@@ -43,7 +44,7 @@ fn sandbox() -> tempfile::TempDir {
     dir
 }
 
-fn try_unpack(dir: &Path, members: &[Member<'_>], keep: Keep) -> Result<Unpacked, String> {
+fn try_unpack(dir: &Path, members: &[Member<'_>], keep: Keep) -> Result<Copied, String> {
     let result = unpack(&archive(members)[..], &dir.join("out"), keep).map_err(|error| error.to_string());
     assert_eq!(fs::read_to_string(dir.join("victim")).unwrap(), "precious");
     let mut beside: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -64,7 +65,7 @@ fn a_plain_tree_arrives() {
         (EntryType::Char, b"./d/null", b"", b""),
     ];
     let done = try_unpack(dir.path(), &members, Keep::default()).unwrap();
-    assert_eq!(done, Unpacked { files: 1, folders: 1, links: 2, bytes: 5, left_out: 1 });
+    assert_eq!(done, Copied { files: 1, folders: 1, links: 2, bytes: 5, left_out: 1 });
     let out = dir.path().join("out/d");
     assert_eq!(fs::read_to_string(out.join("h")).unwrap(), "hello");
     let meta = fs::metadata(out.join("h")).unwrap();

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use tar::{Builder, EntryType, Header};
 
+use super::copied::{Copied, Counted};
+
 /// Who owns what arrives in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owner {
@@ -33,17 +35,6 @@ impl Owner {
     }
 }
 
-/// What was packed.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Packed {
-    pub(crate) files: u64,
-    pub(crate) folders: u64,
-    pub(crate) links: u64,
-    pub(crate) bytes: u64,
-    /// Device nodes, FIFOs and sockets, which are left out.
-    pub(crate) left_out: u64,
-}
-
 /// Writes `source` and all that is below it into `out`, under the name `name`. Links are packed as links; `mode` is for
 /// the files, instead of their own.
 ///
@@ -55,10 +46,10 @@ pub(crate) fn pack(
     owner: Owner,
     mode: Option<u32>,
     out: impl Write,
-) -> io::Result<Packed> {
+) -> io::Result<Copied> {
     let mut builder = Builder::new(out);
     builder.sparse(false);
-    let mut done = Packed::default();
+    let mut done = Copied::default();
     // A stack of what is left, not recursion: the depth of a tree has no limit.
     let mut left: Vec<(PathBuf, Vec<u8>)> = vec![(source.to_owned(), name.to_vec())];
     while let Some((path, name)) = left.pop() {
@@ -84,7 +75,7 @@ fn one(
     path: &Path,
     name: &[u8],
     (owner, mode): (Owner, Option<u32>),
-    done: &mut Packed,
+    done: &mut Copied,
 ) -> io::Result<bool> {
     let meta = fs::symlink_metadata(path)?;
     let kind = meta.file_type();
@@ -110,9 +101,9 @@ fn one(
         let size = file.metadata()?.len();
         header.set_entry_type(EntryType::Regular);
         header.set_size(size);
-        let mut content = Counted { file: file.take(size), read: 0 };
+        let mut content = Counted::new(file.take(size));
         builder.append_data(&mut header, name, &mut content)?;
-        if content.read != size {
+        if content.bytes != size {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "became shorter while it was read"));
         }
         done.files += 1;
@@ -131,19 +122,6 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let flags = i32::try_from(flags.bits()).map_err(io::Error::other)?;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
-}
-
-struct Counted {
-    file: io::Take<File>,
-    read: u64,
-}
-
-impl io::Read for Counted {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let len = self.file.read(buf)?;
-        self.read = self.read.saturating_add(len as u64);
-        Ok(len)
-    }
 }
 
 #[cfg(test)]
@@ -166,7 +144,7 @@ mod tests {
 
         let mut archive = Vec::new();
         let packed = pack(&source, b"tree", Owner::Ids { user: 3, group: 4 }, None, &mut archive).unwrap();
-        assert_eq!(packed, Packed { files: 1, folders: 3, links: 1, bytes: 3000, left_out: 1 });
+        assert_eq!(packed, Copied { files: 1, folders: 3, links: 1, bytes: 3000, left_out: 1 });
         for entry in tar::Archive::new(&archive[..]).entries().unwrap() {
             let entry = entry.unwrap();
             assert_eq!((entry.header().uid().unwrap(), entry.header().gid().unwrap()), (3, 4));
