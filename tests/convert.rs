@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 use diskmill_testkit::content::{Pattern, fill};
-use diskmill_testkit::{Oracle, Tool, scratch, steps};
+use diskmill_testkit::{Cmd, Oracle, Tool, scratch, steps};
 
 fn diskmill() -> Tool {
     Tool::under_test(env!("CARGO_BIN_EXE_diskmill"))
@@ -50,8 +50,40 @@ fn an_image_is_not_its_own_backing_file() {
             &path("base.qcow2"),
         ])
         .fails(1)
-        .says(&["one file"]);
+        .says(&["its own backing chain"]);
     assert!(std::fs::read(path("base.qcow2")).unwrap() == before);
+}
+
+#[test]
+fn an_output_does_not_replace_what_it_needs() {
+    let dir = scratch();
+    let dir = dir.path();
+    let content = fill(Pattern::Text, 7, MIB);
+    std::fs::write(dir.join("root.raw"), &content).unwrap();
+    let run = |words: &[&str]| diskmill().cmd(words).dir(dir);
+    let before = ["root.raw", "base.qcow2"].map(|name| {
+        let _ = run(&["create", "-F", "raw", "-b", "root.raw", "base.qcow2"]).run();
+        std::fs::read(dir.join(name)).unwrap()
+    });
+    let over = |more: &[&'static str]| [&["convert", "-O", "qcow2", "-B", "base.qcow2"], more].concat();
+    let source = "base.qcow2";
+    std::fs::copy(dir.join("root.raw"), dir.join("in.raw")).unwrap();
+    for wrong in [
+        over(&["in.raw", "root.raw"]),
+        over(&["-o", "data_file=base.qcow2", "in.raw", "out.qcow2"]),
+        over(&["-o", "data_file=./root.raw", "in.raw", "out.qcow2"]),
+        vec!["convert", "-O", "qcow2", "-o", "data_file=root.raw", source, "out.qcow2"],
+        vec!["create", "--force", "-b", "base.qcow2", "-o", "data_file=root.raw", "out.qcow2"],
+    ] {
+        run(&wrong).fails(1).says(&["backing chain", "file of the source"]);
+    }
+    for one in ["./out.qcow2", "sub/../out.qcow2"] {
+        std::fs::create_dir_all(dir.join("sub")).unwrap();
+        let data = format!("data_file={one}");
+        run(&["convert", "-O", "qcow2", "-o", &data, "in.raw", "out.qcow2"]).fails(1).says(&["one file"]);
+    }
+    assert!(!dir.join("out.qcow2").exists());
+    assert_eq!(before, ["root.raw", "base.qcow2"].map(|name| std::fs::read(dir.join(name)).unwrap()));
 }
 
 #[test]
@@ -209,4 +241,32 @@ fn bad_ranges_are_counted_once() {
         qemu.check_clean("used.qcow2");
         qemu.identical(("qcow2", "used.qcow2"), ("raw", "out.raw"));
     }
+}
+
+#[test]
+fn a_raw_file_takes_one_of_its_own_odd_length() {
+    let dir = scratch();
+    let content = fill(Pattern::Text, 7, 1500);
+    std::fs::write(dir.path().join("in.raw"), &content).unwrap();
+    std::fs::write(dir.path().join("out.raw"), fill(Pattern::Byte(1), 0, 1500)).unwrap();
+    let convert =
+        |size: &str| diskmill().cmd(["convert", "-n", "-f", "raw", size, "out.raw"]).dir(dir.path());
+    convert("in.raw").ok();
+    assert!(std::fs::read(dir.path().join("out.raw")).unwrap()[..1500] == content);
+    std::fs::write(dir.path().join("larger.raw"), fill(Pattern::Text, 7, 1600)).unwrap();
+    convert("larger.raw").fails(1).says(&["the source needs"]);
+}
+
+#[test]
+fn pipes_and_directories_are_no_names_for_images() {
+    let dir = scratch();
+    std::fs::write(dir.path().join("in.raw"), fill(Pattern::Text, 7, MIB)).unwrap();
+    let shell = |script: &str| {
+        let program = env!("CARGO_BIN_EXE_diskmill");
+        Cmd::new("sh").args(["-c", script, program]).dir(dir.path())
+    };
+    shell("cat in.raw | $0 convert -f raw /dev/stdin out.raw").fails(1).says(&["a pipe by a name"]);
+    shell("$0 convert in.raw /dev/stdout | cat; exit 1").fails(1).says(&["not a regular file"]);
+    shell("$0 convert in.raw new/").fails(1).says(&["names a directory"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }

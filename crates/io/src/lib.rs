@@ -68,6 +68,13 @@ impl Align {
     }
 }
 
+/// Bytes in a page of memory, and so of the page cache.
+#[must_use]
+pub fn page_size() -> u64 {
+    // SAFETY: takes a number only.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 /// How many CPUs this process may use: the affinity mask and the cgroup quota count. At least 1.
 pub fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

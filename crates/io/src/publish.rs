@@ -4,10 +4,12 @@
 //! for as long as its maker lives. A later run for the same name that finds it unlocked knows that its maker was
 //! killed, and removes it.
 
-use std::ffi::{OsStr, OsString};
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
@@ -57,21 +59,30 @@ impl PendingFile {
     /// # Errors
     /// As [`create`](Self::create), and `Unsupported` where there is no direct I/O.
     pub fn create_with(final_path: impl AsRef<Path>, direct: bool) -> io::Result<PendingFile> {
-        let final_path = resolve(final_path.as_ref())?;
+        let (final_path, old) = place(final_path.as_ref())?;
+        remove_stale(std::slice::from_ref(&final_path));
+        Self::make(final_path, old.as_ref(), direct)
+    }
+
+    /// As [`create_with`](Self::create_with), for all files of one output.
+    ///
+    /// # Errors
+    /// As [`create_with`](Self::create_with), with the path that it is about.
+    pub fn create_all(paths: &[PathBuf], direct: bool) -> Result<Vec<PendingFile>, (PathBuf, io::Error)> {
+        let places = paths.iter().map(|path| place(path).map_err(|error| (path.clone(), error)));
+        let (paths, olds): (Vec<_>, Vec<_>) = places.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        remove_stale(&paths);
+        let make = |(path, old): (PathBuf, Option<fs::Metadata>)| {
+            Self::make(path.clone(), old.as_ref(), direct).map_err(|error| (path, error))
+        };
+        paths.into_iter().zip(olds).map(make).collect()
+    }
+
+    /// Makes a temporary for `final_path`, which [`place`] has found and where `old` stands.
+    fn make(final_path: PathBuf, old: Option<&fs::Metadata>, direct: bool) -> io::Result<PendingFile> {
         let (Some(directory), Some(name)) = (final_path.parent(), final_path.file_name()) else {
             return Err(invalid(format!("{} names no file", final_path.display())));
         };
-        let old = match fs::symlink_metadata(&final_path) {
-            Ok(meta) if meta.is_file() => Some(meta),
-            Ok(_) => return Err(invalid("the output exists and is not a regular file")),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
-        };
-        if old.is_some() {
-            // Renaming over it would work all the same, but a file is made read-only for a reason.
-            check_writable(&final_path)?;
-        }
-        remove_stale(directory, name);
         let how = OpenHow { read: true, write: true, create_new: true, direct };
         // Until it has its owner, nobody else may open what replaces an old file.
         let mode = if old.is_some() { 0o600 } else { 0o666 };
@@ -96,7 +107,7 @@ impl PendingFile {
             if try_lock(file)? == Lock::Busy || file.metadata()?.nlink() == 0 {
                 continue;
             }
-            if let Some(old) = &old {
+            if let Some(old) = old {
                 take_after(file, old)?;
             }
             return Ok(made);
@@ -134,14 +145,101 @@ impl PendingFile {
         fs::rename(&self.temporary, &self.final_path)?;
         pending.retain(|path| *path != self.temporary);
         drop(pending);
+        self.named(sync)
+    }
+
+    /// Gives all files of one output their final names, in this order, or none: where one cannot have its name, the others
+    /// get their old files back (as far as the file system exchanges names; see `RENAME_EXCHANGE` in rename(2)). A process
+    /// that is killed meanwhile may leave old and new files side by side.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish), with the final path that it is about.
+    pub fn publish_all(mut files: Vec<Self>, sync: bool) -> Result<(), (PathBuf, io::Error)> {
+        if let [_] = files.as_slice() {
+            return files.drain(..).try_for_each(|file| {
+                let path = file.final_path.clone();
+                file.publish(sync).map_err(|error| (path, error))
+            });
+        }
+        if sync {
+            for file in &files {
+                uninterrupted(|| file.storage.file().sync_all())
+                    .map_err(|error| (file.final_path.clone(), error))?;
+            }
+        }
+        // Held to the end, so that a signal's clean-up finds all done or nothing.
+        let mut pending = pending();
+        let mut done = Vec::new();
+        for file in &files {
+            match file.take_name() {
+                Ok(how) => done.push((file, how)),
+                Err(error) => {
+                    let path = file.final_path.clone();
+                    done.into_iter().rev().for_each(|(file, how)| file.give_back_name(how));
+                    drop(pending);
+                    return Err((path, error));
+                }
+            }
+        }
+        for (file, how) in done {
+            if how == Named::Exchanged {
+                let _ = fs::remove_file(&file.temporary);
+            }
+            pending.retain(|path| *path != file.temporary);
+        }
+        drop(pending);
+        files.into_iter().try_for_each(|mut file| {
+            let path = file.final_path.clone();
+            file.named(sync).map_err(|error| (path, error))
+        })
+    }
+
+    /// Takes the final name in a way that can be undone, if there is one.
+    fn take_name(&self) -> io::Result<Named> {
+        let rename = |how| fs::rename(&self.temporary, &self.final_path).map(|()| how);
+        // Only files: with a directory that came there meanwhile, names could be exchanged, too.
+        if !fs::symlink_metadata(&self.final_path).is_ok_and(|old| old.is_file()) {
+            return rename(Named::New);
+        }
+        match exchange(&self.temporary, &self.final_path) {
+            Ok(()) => Ok(Named::Exchanged),
+            // Not every file system knows how.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+                rename(Named::Replaced)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Undoes [`take_name`](Self::take_name). There is nobody to tell of errors who could do more.
+    fn give_back_name(&self, how: Named) {
+        let _ = match how {
+            Named::Exchanged => exchange(&self.temporary, &self.final_path),
+            Named::New => fs::rename(&self.final_path, &self.temporary),
+            Named::Replaced => Ok(()),
+        };
+    }
+
+    /// It has its name, and is an ordinary file from now on.
+    fn named(&mut self, sync: bool) -> io::Result<()> {
         self.published = true;
-        // It is an ordinary file from now on.
         unlock(self.storage.file());
         match self.final_path.parent() {
             Some(directory) if sync => uninterrupted(|| File::open(directory)?.sync_all()),
             _ => Ok(()),
         }
     }
+}
+
+/// What became of the file that had the final name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Named {
+    /// It has the temporary's name now.
+    Exchanged,
+    /// It is gone.
+    Replaced,
+    /// There was none.
+    New,
 }
 
 impl Drop for PendingFile {
@@ -164,6 +262,55 @@ pub fn unlink_all_pending() {
 
 fn pending() -> MutexGuard<'static, Vec<PathBuf>> {
     PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the file that `path` names is to be, and the regular file that is there now.
+fn place(path: &Path) -> io::Result<(PathBuf, Option<fs::Metadata>)> {
+    if path.as_os_str().as_bytes().ends_with(b"/") {
+        return Err(invalid("it names a directory"));
+    }
+    // Before links are read: those of /proc/self/fd may lead to pipes, which have no path.
+    if fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+        return Err(invalid("the output exists and is not a regular file"));
+    }
+    let path = resolve(path)?;
+    let old = match fs::symlink_metadata(&path) {
+        Ok(meta) if meta.is_file() => meta,
+        Ok(_) => return Err(invalid("the output exists and is not a regular file")),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((path, None)),
+        Err(e) => return Err(e),
+    };
+    // Renaming over it would work all the same, but a file is made read-only for a reason.
+    check_writable(&path)?;
+    check_replaceable(&path, &old)?;
+    Ok((path, Some(old)))
+}
+
+/// Whether another file can take the name of the one at `path`: hours later would be a bad time to learn that.
+fn check_replaceable(path: &Path, old: &fs::Metadata) -> io::Result<()> {
+    let attributes = attributes(path)?;
+    let why = if attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0 {
+        "a file system is mounted on it"
+    } else if attributes & libc::STATX_ATTR_APPEND as u64 != 0 {
+        "it can only be appended to (chattr +a)"
+    } else if !may_rename_over(path, old)? {
+        "it belongs to another user, in a directory with the sticky bit"
+    } else {
+        return Ok(());
+    };
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("no new file can take its place: {why}; an image that is there can be written into (`-n`)"),
+    ))
+}
+
+/// In a directory with the sticky bit only the owners of file and directory may, and root (unlink(2), EPERM).
+fn may_rename_over(path: &Path, old: &fs::Metadata) -> io::Result<bool> {
+    let Some(directory) = path.parent() else { return Ok(true) };
+    let directory = fs::metadata(directory)?;
+    // SAFETY: takes nothing and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    Ok(directory.mode() & libc::S_ISVTX == 0 || [0, old.uid(), directory.uid()].contains(&user))
 }
 
 /// The file that `path` leads to, be it there or not, with no symbolic link left.
@@ -204,23 +351,33 @@ fn temporary_name(name: &OsStr) -> OsString {
     OsString::from_vec(bytes)
 }
 
-fn is_temporary_of(candidate: &OsStr, prefix: &[u8]) -> bool {
-    let digits = candidate.as_bytes().strip_prefix(prefix).and_then(|rest| rest.strip_suffix(SUFFIX));
-    digits.is_some_and(|d| d.len() == RANDOM_DIGITS && d.iter().all(u8::is_ascii_hexdigit))
+/// What the name of a temporary begins with, if `name` is one.
+fn temporary_prefix(name: &OsStr) -> Option<&[u8]> {
+    let rest = name.as_bytes().strip_suffix(SUFFIX)?;
+    let (prefix, digits) = rest.split_at_checked(rest.len().checked_sub(RANDOM_DIGITS)?)?;
+    digits.iter().all(u8::is_ascii_hexdigit).then_some(prefix)
 }
 
-/// Removes what killed runs left behind for `name`. Best effort: a leftover does no harm but to space.
-fn remove_stale(directory: &Path, name: &OsStr) {
-    let prefix = prefix(name);
-    let Ok(entries) = fs::read_dir(directory) else { return };
-    for entry in entries.flatten().filter(|e| is_temporary_of(&e.file_name(), &prefix)) {
-        let path = entry.path();
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
-        if entry.file_type().is_ok_and(|kind| kind.is_file())
-            && let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path)
-            && try_lock(&file).is_ok_and(|lock| lock == Lock::Taken)
-        {
-            let _ = fs::remove_file(&path);
+/// Removes what killed runs left behind for files of these names. Best effort: a leftover does no harm but to space.
+fn remove_stale(paths: &[PathBuf]) {
+    let mut directories: HashMap<&Path, HashSet<Vec<u8>>> = HashMap::new();
+    for path in paths {
+        if let (Some(directory), Some(name)) = (path.parent(), path.file_name()) {
+            directories.entry(directory).or_default().insert(prefix(name));
+        }
+    }
+    for (directory, prefixes) in directories {
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        let stale = |name: &OsStr| temporary_prefix(name).is_some_and(|prefix| prefixes.contains(prefix));
+        for entry in entries.flatten().filter(|entry| stale(&entry.file_name())) {
+            let path = entry.path();
+            let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+            if entry.file_type().is_ok_and(|kind| kind.is_file())
+                && let Ok(file) = OpenOptions::new().read(true).custom_flags(flags).open(&path)
+                && try_lock(&file).is_ok_and(|lock| lock == Lock::Taken)
+            {
+                let _ = fs::remove_file(&path);
+            }
         }
     }
 }
@@ -252,8 +409,36 @@ fn unlock(file: &File) {
     let _ = retry(|| i64::from(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) }));
 }
 
+/// Exchanges two names of one file system.
+fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    let one = CString::new(one.as_os_str().as_bytes())?;
+    let other = CString::new(other.as_os_str().as_bytes())?;
+    let (here, how) = (libc::AT_FDCWD, libc::RENAME_EXCHANGE);
+    // SAFETY: two strings that end with NUL and outlive the call.
+    let call =
+        || unsafe { libc::syscall(libc::SYS_renameat2, here, one.as_ptr(), here, other.as_ptr(), how) };
+    retry(call).map(drop)
+}
+
+/// The attributes of a file (`stx_attributes` of statx(2)); none where the kernel does not tell.
+fn attributes(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut found = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    let call = || {
+        // SAFETY: a string that ends with NUL and room for the answer, which both outlive the call.
+        i64::from(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, 0, found.as_mut_ptr()) })
+    };
+    if retry(call).is_err() {
+        return Ok(0);
+    }
+    // SAFETY: all zeros is a value of these numbers, and the kernel has filled in others.
+    let found = unsafe { found.assume_init() };
+    Ok(found.stx_attributes & found.stx_attributes_mask)
+}
+
 fn check_writable(path: &Path) -> io::Result<()> {
-    let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+    let path = CString::new(path.as_os_str().as_bytes())?;
     let call = || {
         // SAFETY: a string that ends with NUL and outlives the call.
         i64::from(unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::W_OK, libc::AT_EACCESS) })
@@ -306,6 +491,30 @@ mod tests {
             file.publish(sync).unwrap();
             assert_eq!(fs::read(&path).unwrap(), content);
             assert_eq!(names(dir.path()), ["disk.raw"]);
+        }
+    }
+
+    #[test]
+    fn several_files_appear_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["new", "old", "last"].map(|name| dir.path().join(name));
+        fs::write(&paths[1], b"old").unwrap();
+        let make = || {
+            let files = PendingFile::create_all(&paths, false).unwrap();
+            files.iter().for_each(|file| file.storage().write_all_at(b"now", 0).unwrap());
+            files
+        };
+        let files = make();
+        fs::create_dir(&paths[2]).unwrap();
+        assert_eq!(PendingFile::publish_all(files, false).unwrap_err().0, paths[2].canonicalize().unwrap());
+        assert_eq!(names(dir.path()), ["last", "old"]);
+        assert_eq!(fs::read(&paths[1]).unwrap(), b"old");
+
+        fs::remove_dir(&paths[2]).unwrap();
+        for sync in [false, true] {
+            PendingFile::publish_all(make(), sync).unwrap();
+            assert_eq!(names(dir.path()), ["last", "new", "old"]);
+            paths.iter().for_each(|path| assert_eq!(fs::read(path).unwrap(), b"now"));
         }
     }
 
@@ -375,5 +584,9 @@ mod tests {
         assert_eq!(PendingFile::create(dir.path()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(PendingFile::create(dir.path().join("no/x")).unwrap_err().kind(), io::ErrorKind::NotFound);
         assert_eq!(PendingFile::create("/dev/null").unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let (pipe, _end) = io::pipe().unwrap();
+        for wrong in [format!("/proc/self/fd/{}", pipe.as_raw_fd()).into(), dir.path().join("new/")] {
+            assert_eq!(PendingFile::create(wrong).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        }
     }
 }

@@ -11,6 +11,7 @@ mod buffers;
 mod existing;
 mod fill;
 mod monitor;
+mod needed;
 mod offload;
 mod options;
 mod pack;
@@ -38,6 +39,7 @@ use crate::vmdk::VmdkStream;
 use bitmaps::Carried;
 use buffers::Buffers;
 use existing::Existing;
+use needed::Needed;
 use placer::Placer;
 use planner::Planner;
 use target::Target;
@@ -217,8 +219,8 @@ fn run(
     let carried = Carried::collect(sources, &options)?;
     let adopted = match &output {
         Output::Path(path) if !options.create && options.format.has_tables() => {
-            let found = target::refuse_source(std::fs::metadata(path).ok().as_ref(), sources)
-                .and_then(|()| existing::open(path, &mut options, size));
+            let found =
+                Needed::new(sources).refuse(path).and_then(|()| existing::open(path, &mut options, size));
             match found.map_err(|error| error.of(path))? {
                 Existing::Empty(size) => Some(size),
                 Existing::Holding(image) => {
@@ -243,6 +245,10 @@ fn run(
     let wants_uring = options.direct || target.is_device() || sources.iter().any(is_on_device);
     let plan = EnginePlan::probe(options.engine, wants_uring);
     let packer = options.packer(&*assembler)?;
+    // Tables go through the page cache, which may read the rest of a page and write it back later: no direct write of
+    // data in the same page may be under way meanwhile.
+    let shares_pages = options.direct && (packer.is_some() || assembler.unit() < diskmill_io::page_size());
+    let overlapping = wants_uring && plan.kind != "sync" && !shares_pages;
     let fingerprint = assembler.wants_fingerprint();
     let (subunit, whole_units, frame) = (assembler.subunit(), assembler.whole_units(), assembler.frame());
     let offload = target.offload(sources, &options, packer.is_some())?;
@@ -253,7 +259,7 @@ fn run(
     let shared = Shared {
         depth: buffers.depth(),
         planner: planner.into(),
-        placer: Placer::new(assembler, &target, plan.kind != "sync" && wants_uring),
+        placer: Placer::new(assembler, &target, overlapping),
         buffers,
         sources,
         packer,

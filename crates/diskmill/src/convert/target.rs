@@ -1,30 +1,25 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use diskmill_codec::is_zero;
-use diskmill_io::{
-    FileStorage, ImageLock, LockError, LockMode, OpenHow, PendingFile, PipeWriter, SharedStorage,
-};
+use diskmill_io::{FileStorage, ImageLock, OpenHow, PendingFile, PipeWriter, SharedStorage};
 
 use diskmill_crypt::SectorCipher;
 
 use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
+use super::needed::{Needed, acquire, lock_old, same};
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
 use crate::edit::DirtyBits;
 use crate::encrypted::EncryptedStorage;
-use crate::error::{Error, Kind, Result};
-use crate::image::{Image, OpenOptions, resolve};
-use crate::layout::FormatInfo;
-use crate::policy::{Allow, OpenPolicy};
-use crate::probe::Format;
+use crate::error::{Error, Result};
+use crate::image::{Image, resolve};
 use crate::qcow2::{Bitmap, Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::reserve::Reserve;
-use crate::vmdk::VmdkOptions;
 
 /// Bytes at the start of a device that are cleared before an image with a header of its own is written to it.
 const OLD_HEADER: u64 = 4096;
@@ -107,8 +102,9 @@ impl Target {
         size: Option<u64>,
         adopted: Option<u64>,
     ) -> Result<Self> {
+        let mut needed = Needed::new(sources);
+        needed.refuse(&path)?;
         let meta = std::fs::metadata(&path).ok();
-        refuse_source(meta.as_ref(), sources)?;
         let device = meta.as_ref().is_some_and(|meta| meta.file_type().is_block_device());
         let least_size = adopted.unwrap_or(0);
         match &mut options.format {
@@ -119,50 +115,46 @@ impl Target {
             TargetFormat::Qcow2(qcow2) if device && qcow2.data_file.is_some() => {
                 return Err(Error::unsupported("an external data file of an image on a device"));
             }
-            TargetFormat::Qcow2(_) if options.trust_backing => {}
-            TargetFormat::Qcow2(qcow2) => check_backing(qcow2, &path, sources)?,
-            TargetFormat::Raw(_) => {}
             TargetFormat::Vmdk(_) | TargetFormat::Ova(_) if device => {
                 return Err(Error::unsupported(format!("writing {} to a device", options.format.name())));
             }
-            TargetFormat::Vmdk(vmdk) | TargetFormat::Ova(vmdk) => check_parent(vmdk, &path, sources)?,
+            TargetFormat::Qcow2(_) if options.trust_backing => {}
+            format => {
+                needed.find_backing(format, &path)?;
+                needed.refuse(&path)?;
+            }
         }
         if device || (!options.create && matches!(options.format, TargetFormat::Raw(_))) {
             return Self::existing(path, options, size, least_size);
         }
         let mut locks = Vec::new();
         locks.extend(lock_old(&path)?);
-        let create = |path: &Path| {
-            PendingFile::create_with(path, options.direct)
-                .map_err(|error| Error::io("cannot create", error).of(path))
-        };
-        let pending = create(&path)?;
-        let mut others = Vec::new();
-        match &options.format {
+        let pending = PendingFile::create_with(&path, options.direct)
+            .map_err(|error| Error::io("cannot create", error).of(&path))?;
+        let others = match &options.format {
             TargetFormat::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
-                let data = resolve(name.as_bytes(), &path, "external data file")?;
-                if std::fs::metadata(&data)
-                    .is_ok_and(|data| meta.as_ref().is_some_and(|meta| same(meta, &data)))
-                    || data == path
-                {
-                    return Err(Error::invalid("the external data file and the image are one file"));
-                }
-                refuse_source(std::fs::metadata(&data).ok().as_ref(), sources)?;
-                locks.extend(lock_old(&data)?);
-                let pending = create(&data)?;
-                others.push((pending.storage(), pending));
+                vec![resolve(name.as_bytes(), &path, "external data file")?]
             }
             TargetFormat::Vmdk(vmdk) => {
-                for name in vmdk.extent_files(file_name(&path), size)? {
-                    let extent = path.with_file_name(OsStr::from_bytes(&name));
-                    refuse_source(std::fs::metadata(&extent).ok().as_ref(), sources)?;
-                    locks.extend(lock_old(&extent)?);
-                    let pending = create(&extent)?;
-                    others.push((pending.storage(), pending));
-                }
+                let names = vmdk.extent_files(file_name(&path), size)?;
+                names.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect()
             }
-            _ => {}
+            _ => Vec::new(),
+        };
+        for other in &others {
+            needed.refuse(other).map_err(|error| error.of(other))?;
+            let old = std::fs::metadata(other);
+            if old.is_ok_and(|old| meta.as_ref().is_some_and(|meta| same(meta, &old))) {
+                return Err(one_file());
+            }
+            locks.extend(lock_old(other).map_err(|error| error.of(other))?);
         }
+        let others = PendingFile::create_all(&others, options.direct)
+            .map_err(|(path, error)| Error::io("cannot create", error).of(&path))?;
+        if others.iter().any(|other| other.final_path() == pending.final_path()) {
+            return Err(one_file());
+        }
+        let others = others.into_iter().map(|pending| (pending.storage(), pending)).collect();
         if let (TargetFormat::Raw(raw), Some(size)) = (&options.format, size.filter(|&size| size > 0)) {
             let storage = pending.storage();
             // A file system that cannot hold the file says so now, not after hours.
@@ -203,7 +195,8 @@ impl Target {
         let lock = acquire(&storage)?;
         let len = storage.len().map_err(|error| Error::io("cannot tell the size", error))?;
         if matches!(options.format, TargetFormat::Raw(_)) {
-            fits(len, size)?;
+            // A file may end within the last sector of its disk.
+            fits(if storage.is_block_device() { len } else { len.next_multiple_of(512) }, size)?;
         }
         if !matches!(options.format, TargetFormat::Raw(_)) {
             // Until the new header is there, an old one must not make an image of what is half overwritten.
@@ -447,15 +440,15 @@ impl Target {
 
     /// Gives new files their names. With `sync` they are durable.
     pub(super) fn publish(self, sync: bool) -> Result<()> {
-        let Self { main, others, path, .. } = self;
-        // The image itself last: it must not name a file that is not there.
-        for pending in others.into_iter().map(|(_, pending)| pending).chain(match main {
+        let Self { main, others, .. } = self;
+        let main = match main {
             Main::Pending(_, pending) => Some(pending),
             Main::Existing(_) | Main::Stream(_) => None,
-        }) {
-            pending.publish(sync).map_err(|error| Error::io("cannot finish the output", error).of(&path))?;
-        }
-        Ok(())
+        };
+        // The image itself last: it must not name a file that is not there.
+        let files = others.into_iter().map(|(_, pending)| pending).chain(main).collect();
+        PendingFile::publish_all(files, sync)
+            .map_err(|(path, error)| Error::io("cannot finish the output", error).of(&path))
     }
 }
 
@@ -498,102 +491,12 @@ pub(super) fn fits(len: u64, size: Option<u64>) -> Result<()> {
     }
 }
 
-fn same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
-}
-
-/// An output that is one of the source's files would destroy what is being read.
-pub(super) fn refuse_source(target: Option<&std::fs::Metadata>, sources: &[Image]) -> Result<()> {
-    let Some(target) = target else { return Ok(()) };
-    let mut files = sources.iter().flat_map(Image::files);
-    if files.any(|file| std::fs::metadata(&file.path).is_ok_and(|meta| same(&meta, target))) {
-        return Err(Error::invalid("the output is a file of the source"));
-    }
-    Ok(())
-}
-
-fn acquire(storage: &SharedStorage) -> Result<Option<ImageLock>> {
-    match ImageLock::acquire(storage, LockMode::Writer) {
-        Ok(lock) => Ok(Some(lock)),
-        Err(LockError::Io(error)) => Err(Error::io("cannot lock", error)),
-        Err(conflict) => Err(Error::new(Kind::Busy, conflict.to_string())),
-    }
-}
-
-/// The file that will be replaced must not be in use: its user would go on with a file that has no name any more.
-fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
-    if !std::fs::metadata(path).is_ok_and(|meta| meta.is_file()) {
-        return Ok(None);
-    }
-    match FileStorage::open(path, &OpenHow { read: true, ..OpenHow::default() }) {
-        Ok(old) => {
-            let old: SharedStorage = Arc::new(old);
-            acquire(&old)
-        }
-        // Unreadable for us: whether it can be replaced is seen when that is tried.
-        Err(_) => Ok(None),
-    }
-}
-
-/// An output cannot be its own backing file.
-fn refuse_itself(backing: &Path, output: &Path) -> Result<()> {
-    match (std::fs::metadata(backing), std::fs::metadata(output)) {
-        (Ok(one), Ok(other)) if same(&one, &other) => {
-            Err(Error::invalid("the output and its backing file are one file"))
-        }
-        _ => Ok(()),
-    }
+/// Two files of an output would have one name.
+fn one_file() -> Error {
+    Error::invalid("the image and another file of it, an extent or external data file, are one file")
 }
 
 /// The last component of `path`, as bytes.
 fn file_name(path: &Path) -> &[u8] {
     path.file_name().unwrap_or_default().as_bytes()
-}
-
-/// Opens the backing file that the output at `path` is to have. Returns its path too.
-fn open_backing(
-    name: &str,
-    format: Option<Format>,
-    path: &Path,
-    sources: &[Image],
-) -> Result<(Image, PathBuf)> {
-    if sources.len() != 1 {
-        return Err(Error::invalid("an output with a backing file takes exactly one source image"));
-    }
-    let backing = resolve(name.as_bytes(), path, "backing file")?;
-    refuse_itself(&backing, path)?;
-    let open = OpenOptions {
-        format,
-        // The user named it, and only its metadata is looked at.
-        policy: OpenPolicy { allow: Allow::Anything, paths: Vec::new() },
-        metadata_only: true,
-        ..OpenOptions::default()
-    };
-    Ok((Image::open(&backing, &open)?, backing))
-}
-
-/// Finds the parent of a VMDK output, and writes down its CID.
-fn check_parent(options: &mut VmdkOptions, path: &Path, sources: &[Image]) -> Result<()> {
-    let Some(name) = &options.backing_file else { return Ok(()) };
-    let (image, parent) = open_backing(name, Some(Format::Vmdk), path, sources)?;
-    let cid = match &image.info().specific {
-        FormatInfo::Vmdk(vmdk) => vmdk.descriptor.as_ref().and_then(|descriptor| descriptor.cid),
-        _ => None,
-    };
-    let no_cid = || {
-        Error::invalid("the backing file has no descriptor with a CID, so no delta can name it").of(&parent)
-    };
-    options.parent_cid = Some(cid.ok_or_else(no_cid)?);
-    Ok(())
-}
-
-/// Finds the backing file of the output, and writes down its format.
-fn check_backing(options: &mut Qcow2Options, path: &Path, sources: &[Image]) -> Result<()> {
-    let Some(name) = &options.backing_file else { return Ok(()) };
-    let format = options.backing_format.as_deref().map(str::parse).transpose()?;
-    let (backing, _) = open_backing(name, format, path, sources)?;
-    if options.backing_format.is_none() {
-        options.backing_format = Some(backing.info().format.name().to_owned());
-    }
-    Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -117,7 +117,16 @@ impl<'a> Opener<'a> {
         let root = match self.given {
             Some(_) => PathBuf::new(),
             None => {
-                let real = path.canonicalize().map_err(|error| Error::io("cannot open", error).of(path))?;
+                let real = path.canonicalize().map_err(|error| {
+                    // `/dev/stdin` may lead to a pipe, which has no path.
+                    match path.metadata() {
+                        Ok(meta) if meta.file_type().is_fifo() => Error::unsupported(
+                            "reading a pipe by a name (but `-` is standard input, where that is read)",
+                        ),
+                        _ => Error::io("cannot open", error),
+                    }
+                    .of(path)
+                })?;
                 real.parent().unwrap_or(Path::new("/")).to_owned()
             }
         };
