@@ -29,7 +29,9 @@ struct Plan {
 pub(super) fn rebuild(file: &dyn Storage, limits: &Limits) -> Result<()> {
     let mut silent = |_, _: &_| {};
     let mut old = Pass::new(file, Repair::Nothing, limits, &mut silent)?;
-    old.count_references()?;
+    // The old table is what goes. Where it is said to lie over clusters in use, only these count.
+    old.count_guest_data()?;
+    old.count_extensions()?;
     if old.lost {
         return Err(Error::unsupported(
             "rebuilding the refcounts of an image with a damaged table that may refer to any cluster",
@@ -38,7 +40,6 @@ pub(super) fn rebuild(file: &dyn Storage, limits: &Limits) -> Result<()> {
     }
     let counts = std::mem::take(&mut old.counts);
     let mut plan = Plan { counts, blocks: BTreeMap::new(), table: (0, 0), free_from: 0 };
-    old.uncount_table(&mut plan.counts)?;
     // What is free must be free in the old image too.
     let mut silent = |_, _: &_| {};
     let mut old = Pass::new(file, Repair::Nothing, limits, &mut silent)?;
@@ -49,19 +50,6 @@ pub(super) fn rebuild(file: &dyn Storage, limits: &Limits) -> Result<()> {
 }
 
 impl Pass<'_> {
-    /// Takes the references to the refcount table away, which [`count_references`](Self::count_references) counts.
-    fn uncount_table(&mut self, counts: &mut Counts) -> Result<()> {
-        let first = self.cluster_of(self.header.refcount_table_offset.get());
-        let clusters = u64::from(self.header.refcount_table_clusters);
-        for cluster in first..first.saturating_add(clusters) {
-            let count = counts.get(cluster);
-            if count > 0 {
-                counts.set(cluster, count - 1, &mut self.budget)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Finds a place for each block that is needed, and for the table.
     fn place(&mut self, plan: &mut Plan) -> Result<()> {
         let cluster = self.cluster_size();

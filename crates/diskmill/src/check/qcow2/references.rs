@@ -32,8 +32,16 @@ struct Run {
 }
 
 impl Pass<'_> {
-    /// Counts the references to all clusters, but for those of the refcount structures.
+    /// Counts the references to all clusters, but for those of refcount blocks.
     pub(super) fn count_references(&mut self) -> Result<()> {
+        self.count_guest_data()?;
+        let table_bytes = u64::from(self.header.refcount_table_clusters) * self.cluster_size();
+        self.count(self.header.refcount_table_offset.get(), table_bytes, 1)?;
+        self.count_extensions()
+    }
+
+    /// Counts the header, the tables of the disk and of its snapshots, and what they point to.
+    pub(super) fn count_guest_data(&mut self) -> Result<()> {
         let cluster = self.cluster_size();
         self.count(0, cluster, 1)?;
         let (roots, snapshot_bytes) = self.roots()?;
@@ -56,8 +64,11 @@ impl Pass<'_> {
         }
         drop(l2);
         self.follow(self.header.snapshots_offset.get(), snapshot_bytes, 1)?;
-        let table_bytes = u64::from(self.header.refcount_table_clusters) * cluster;
-        self.count(self.header.refcount_table_offset.get(), table_bytes, 1)?;
+        Ok(())
+    }
+
+    /// Counts what header extensions point to.
+    pub(super) fn count_extensions(&mut self) -> Result<()> {
         if let (CryptMethod::Luks, Some((at, len))) = (self.header.crypt, self.extensions.luks_header) {
             self.count(at, len, 1)?;
         }
