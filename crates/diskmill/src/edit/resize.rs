@@ -30,6 +30,7 @@ impl Image {
     /// size that is not a multiple of 512; [`Kind::Unsupported`](crate::Kind::Unsupported) for what the format
     /// cannot do; [`Kind::Limit`](crate::Kind::Limit) for a size that its tables cannot map;
     /// [`Kind::Io`](crate::Kind::Io). A disk that could not be made longer has its old size.
+    /// Where a resize is stopped, persistent bitmaps may be left marked as inconsistent.
     pub fn resize(&mut self, size: u64, preallocation: Preallocation) -> Result<()> {
         // QEMU holds sizes as signed 64-bit integers, in sectors of 512 bytes.
         if size > (i64::MAX as u64) & !511 {

@@ -274,13 +274,13 @@ impl Qcow2Options {
         if compress && self.data_file.is_some() {
             return Err(Error::invalid("compression and an external data file exclude each other"));
         }
+        if self.backing_file.is_some() && self.data_file_raw {
+            return Err(Error::invalid("a backing file and data_file_raw exclude each other"));
+        }
         if self.backing_file.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
             return Err(Error::invalid(
                 "a backing file and preallocation exclude each other without extended_l2",
             ));
-        }
-        if self.backing_file.is_some() && self.data_file_raw {
-            return Err(Error::invalid("a backing file and data_file_raw exclude each other"));
         }
         if self.backing_file.is_none() && self.backing_format.is_some() {
             return Err(Error::invalid("a backing format without a backing file"));
