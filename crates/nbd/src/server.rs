@@ -32,7 +32,8 @@ pub struct Settings {
     pub connections: usize,
     /// A client that has not finished its negotiation by then is turned away.
     pub negotiation_time: Duration,
-    /// End after the last client has left, once there was one.
+    /// End after the last client has left, once there was one that took the export: who only looks whether somebody
+    /// listens, or lists what there is, does not count.
     pub exit_with_last_client: bool,
     /// Told, in words for people, of clients that were turned away or broke the protocol, and of damage of the image.
     pub log: Arc<dyn Fn(&str) + Send + Sync>,
@@ -78,6 +79,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     stopped: AtomicBool,
+    /// A client has finished its negotiation and got the export.
+    served: AtomicBool,
     /// A byte is written to it whenever the accepting thread should look up.
     wake: UnixStream,
     /// The clients' sockets, by number.
@@ -123,7 +126,12 @@ impl Server {
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        let shared = Shared { stopped: AtomicBool::new(false), wake, clients: Mutex::default() };
+        let shared = Shared {
+            stopped: AtomicBool::new(false),
+            served: AtomicBool::new(false),
+            wake,
+            clients: Mutex::default(),
+        };
         Ok(Self { listener, settings, shared: Arc::new(shared), woken })
     }
 
@@ -180,8 +188,9 @@ impl Server {
                 Err(error) => return Err(error.into()),
             }
             while matches!((&self.woken).read(&mut [0; 64]), Ok(64)) {}
-            let served = number > 0 && self.shared.clients().is_empty();
-            if self.shared.stopped.load(Relaxed) || (self.settings.exit_with_last_client && served) {
+            // In this order: whoever is gone has said before whether it was served.
+            let left = self.shared.clients().is_empty() && self.shared.served.load(Relaxed);
+            if self.shared.stopped.load(Relaxed) || (self.settings.exit_with_last_client && left) {
                 return Ok(());
             }
             let stream = match self.listener.accept() {
@@ -220,7 +229,10 @@ impl Server {
     fn client(&self, number: u64, stream: &Stream, export: &dyn Export) {
         let log = |message: &str| self.log(&format!("client {number}: {message}"));
         let serve = || match self.agree(stream, export)? {
-            Some(agreed) => self.transmit(stream, agreed, export, &log),
+            Some(agreed) => {
+                self.shared.served.store(true, Relaxed);
+                self.transmit(stream, agreed, export, &log)
+            }
             None => Ok(()),
         };
         // A bug must end this client, not the others.

@@ -702,6 +702,35 @@ fn the_last_client_may_end_it() {
 }
 
 #[test]
+fn who_never_was_a_client_does_not_end_it() {
+    let fixture = serve(&disk(false), |settings| settings.exit_with_last_client = true);
+    let socket = fixture.socket();
+    drop(UnixStream::connect(&socket).unwrap());
+    drop(Client::greet(&socket));
+    let mut lister = Client::greet(&socket);
+    for (option, data, want) in [(LIST, vec![], &[2, ACK][..]), (INFO, info("", &[]), &[3, 3, ACK])] {
+        lister.option(option, &data);
+        assert_eq!(lister.kinds(), want);
+    }
+    lister.option(ABORT, &[]);
+    assert_eq!(lister.kinds(), [ACK]);
+    lister.closed();
+    // Another server looks whether the socket is stale.
+    let other = diskmill_nbd::serve(disk(false), &Address::Unix(socket.clone()), Settings::default());
+    assert_eq!(other.unwrap_err().kind(), ErrorKind::AddrInUse);
+    std::thread::sleep(Duration::from_millis(200));
+    fixture.still_serves();
+    fixture.server.wait().unwrap();
+    // The old way in counts.
+    let fixture = serve(&disk(false), |settings| settings.exit_with_last_client = true);
+    let mut client = Client::greet(&fixture.socket());
+    client.option(EXPORT_NAME, b"");
+    client.take(10);
+    drop(client);
+    fixture.server.wait().unwrap();
+}
+
+#[test]
 fn tcp_works_too() {
     let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
     let server = diskmill_nbd::serve(disk(false), &address, Settings::default()).unwrap();
