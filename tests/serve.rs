@@ -352,6 +352,21 @@ fn tcp_names_and_the_last_client() {
     assert!(fs::read(&out).unwrap() == fs::read(dir.join("a.raw")).unwrap());
 }
 
+#[test]
+fn one_connection_is_enough_for_clients_that_like_more() {
+    let dir = scratch();
+    let dir = dir.path();
+    if tools().is_none() {
+        return;
+    }
+    fs::write(dir.join("a.raw"), disk(1, 8 << 20)).unwrap();
+    let served = Served::start(dir, &["-f", "raw", "-e", "1", "a.raw"]);
+    Cmd::new("nbdcopy").args(["--connections=4", "--threads=4", &served.uri, "out"]).dir(dir).ok();
+    assert!(fs::read(dir.join("out")).unwrap() == fs::read(dir.join("a.raw")).unwrap());
+    let out = served.stop();
+    assert!(out.err().is_empty(), "{out}");
+}
+
 /// The loopback port on which a process listens.
 fn listening_port(pid: u32) -> u16 {
     let inodes: Vec<String> = fs::read_dir(format!("/proc/{pid}/fd"))

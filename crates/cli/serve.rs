@@ -68,7 +68,7 @@ pub(crate) struct ServeArgs {
     #[arg(short = 'x', long, visible_alias = "export-name", value_name = "NAME", default_value = "")]
     name: String,
 
-    /// Clients at once
+    /// Connections at once. A client may make several (nbdcopy: 4, unless --connections says otherwise), but not with 1
     #[arg(short = 'e', long, visible_alias = "shared", value_name = "N", default_value_t = 16,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
     connections: u16,

@@ -28,7 +28,7 @@ pub struct Settings {
     pub export_name: String,
     /// Threads for each client: also how many of its requests are worked on at once. At least 1.
     pub threads: usize,
-    /// Clients at once; more are turned away. At least 1.
+    /// Connections at once; more are turned away. At least 1. A client may make several where more than 1 are allowed.
     pub connections: usize,
     /// A client that has not finished its negotiation by then is turned away.
     pub negotiation_time: Duration,
@@ -309,6 +309,7 @@ impl Settings {
             description: export.description(),
             size: export.size(),
             writable: export.is_writable(),
+            multi_conn: self.connections > 1,
         }
     }
 }

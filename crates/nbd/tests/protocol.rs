@@ -668,6 +668,16 @@ fn there_are_only_so_many_clients() {
 }
 
 #[test]
+fn one_connection_is_no_invitation_to_more() {
+    for (connections, flags) in [(1, 0b100_0000_0111), (2, 0b101_0000_0111)] {
+        let fixture = serve(&disk(false), |settings| settings.connections = connections);
+        let mut client = Client::greet(&fixture.socket());
+        client.option(EXPORT_NAME, b"");
+        assert_eq!((client.u64(), client.u16()), (SIZE, flags));
+    }
+}
+
+#[test]
 fn stopping_ends_all_and_removes_the_socket() {
     let fixture = serve(&disk(false), |_| ());
     let socket = fixture.socket();
