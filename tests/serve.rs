@@ -461,6 +461,25 @@ fn what_clients_write_is_in_the_image() {
 }
 
 #[test]
+fn a_file_that_may_not_grow_is_no_space() {
+    let dir = scratch();
+    let dir = dir.path();
+    let Some(q) = Oracle::find(dir) else { return };
+    q.create("a.qcow2", "", SIZE);
+    let (socket, pid) = (dir.join("s"), dir.join("pid"));
+    // EFBIG instead of the signal, from 1 MiB on.
+    let limited = ["sh", "-c", r#"trap "" XFSZ; ulimit -f 2048; exec "$0" "$@""#];
+    let cmd = diskmill().cmd(["serve", "--writable", "--unix", "s", "--pid-file", "pid", "a.qcow2"]);
+    let run = cmd.under(limited).dir(dir).spawn();
+    wait_for(&run, &pid);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let out = q.io(["-f", "raw", "-c", "write -P 1 0 4M", &uri]).run();
+    assert!(format!("{out}").contains("No space left on device"), "{out}");
+    run.signal(Signal::INT);
+    let _ = run.wait();
+}
+
+#[test]
 fn nobody_else_has_an_image_that_is_written_to() {
     let dir = scratch();
     let dir = dir.path();
