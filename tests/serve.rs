@@ -400,6 +400,9 @@ fn wrong_usage_and_what_is_not_supported() {
     for args in usage {
         let _ = diskmill().cmd(["serve"]).args(args).dir(dir).limit(Duration::from_secs(10)).fails(2);
     }
+    let name = "n".repeat(4097);
+    let long = ["serve", "--unix", "s", "-x", &name, "a.raw"];
+    diskmill().cmd(long).dir(dir).limit(Duration::from_secs(10)).fails(2).says(&["4096"]);
     let failed: [(&[&str], &str); 4] = [
         (&["--unix", "s", "--writable", "-f", "ova", "a.raw"], "archive"),
         (&["--unix", "s", "gone.raw"], "gone.raw"),

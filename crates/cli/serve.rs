@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 use diskmill::{Format, Image, OpenOptions};
-use diskmill_nbd::{Address, ImageExport, Server, Settings};
+use diskmill_nbd::{Address, ImageExport, MAX_NAME, Server, Settings};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::Errno;
 use serde_json::json;
@@ -110,6 +110,12 @@ pub(crate) struct ServeArgs {
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
+    if args.name.len() > MAX_NAME {
+        let len = args.name.len();
+        return Err(Failure::usage(format!(
+            "--name: at most {MAX_NAME} bytes, not {len}: clients ask for no more"
+        )));
+    }
     let options = OpenOptions {
         snapshot: args.snapshot.as_deref().map(snapshot_ref),
         direct: args.direct,

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::export::Export;
 use crate::listener::{Address, Listener};
 use crate::negotiate::{Agreed, Offer, negotiate};
+use crate::protocol::{MAX_NAME, MAX_TEXT};
 use crate::stream::{Deadline, Stream};
 use crate::transmit::Connection;
 
@@ -24,7 +25,7 @@ const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How to serve.
 #[derive(Clone)]
 pub struct Settings {
-    /// Name of the export. Clients that ask for the empty name get it, too.
+    /// Name of the export, of at most [`MAX_NAME`] bytes. Clients that ask for the empty name get it, too.
     pub export_name: String,
     /// Threads for each client: also how many of its requests are worked on at once. At least 1.
     pub threads: usize,
@@ -120,8 +121,12 @@ impl Server {
     ///
     /// # Errors
     /// `AddrInUse` if another server listens there or a file has the name, `InvalidInput` if the name is too long for a
-    /// socket, and whatever the system says.
+    /// socket or that of the export for a client, and whatever the system says.
     pub fn bind(address: &Address, settings: Settings) -> io::Result<Self> {
+        if settings.export_name.len() > MAX_NAME {
+            let why = format!("the name of an export has at most {MAX_NAME} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
         let listener = Listener::bind(address)?;
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
@@ -306,7 +311,7 @@ impl Settings {
     fn offer(&self, export: &dyn Export) -> Offer {
         Offer {
             name: self.export_name.clone(),
-            description: export.description(),
+            description: export.description().chars().take(MAX_TEXT).collect(),
             size: export.size(),
             writable: export.is_writable(),
             multi_conn: self.connections > 1,

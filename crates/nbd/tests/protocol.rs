@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use diskmill_nbd::{Address, ErrorCode, Export, Failure, Run, Running, Session, Settings};
+use diskmill_nbd::{Address, ErrorCode, Export, Failure, MAX_NAME, Run, Running, Session, Settings};
 use tempfile::TempDir;
 
 const OPTION: u64 = 0x4948_4156_454f_5054;
@@ -55,6 +55,7 @@ const BAD: u64 = 40 * MIB + 5;
 struct Disk {
     bytes: Arc<Mutex<Vec<u8>>>,
     writable: bool,
+    description: String,
     flushes: Arc<Mutex<u32>>,
 }
 
@@ -64,7 +65,8 @@ fn byte(at: u64) -> u8 {
 
 fn disk(writable: bool) -> Disk {
     let bytes = (0..SIZE).map(byte).collect();
-    Disk { bytes: Arc::new(Mutex::new(bytes)), writable, flushes: Arc::default() }
+    let description = "a test".to_owned();
+    Disk { bytes: Arc::new(Mutex::new(bytes)), writable, description, flushes: Arc::default() }
 }
 
 impl Export for Disk {
@@ -77,7 +79,7 @@ impl Export for Disk {
     }
 
     fn description(&self) -> String {
-        "a test".to_owned()
+        self.description.clone()
     }
 
     fn status(&self, at: u64, max: u64) -> Result<Run, Failure> {
@@ -408,6 +410,23 @@ fn options_are_answered_by_the_specification() {
     client.option(ABORT, &[]);
     assert_eq!(client.kinds(), [ACK]);
     client.closed();
+}
+
+#[test]
+fn names_and_descriptions_are_as_long_as_clients_may_take_them() {
+    let name = "n".repeat(MAX_NAME);
+    let disk = Disk { description: "é".repeat(5000), ..disk(false) };
+    let fixture = serve(&disk, |settings| settings.export_name.clone_from(&name));
+    let mut client = Client::greet(&fixture.socket());
+    client.option(INFO, &info(&name, &[2]));
+    let texts: Vec<_> = [3, 3, 3, ACK].map(|kind| (client.option_reply(), kind)).into();
+    for ((_, got, text), want) in texts {
+        assert!(got == want && text.len() <= 2 + MAX_NAME, "{got} of {} bytes", text.len());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let address = Address::Unix(dir.path().join("s"));
+    let settings = Settings { export_name: name + "n", ..Settings::default() };
+    assert_eq!(diskmill_nbd::serve(disk, &address, settings).unwrap_err().kind(), ErrorKind::InvalidInput);
 }
 
 #[test]
