@@ -240,12 +240,13 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
     }
 
     fn read(&self, request: &Request, worker: &mut Worker<'_>) -> io::Result<()> {
+        // A chunk of data has at least one byte.
+        if request.len == 0 {
+            return self.done(request, worker);
+        }
         // Without chunks nothing can be taken back once it is sent.
         if !self.agreed.structured || request.has(flag::DF) {
             return self.read_whole(request, worker);
-        }
-        if request.len == 0 {
-            return self.done(request, worker);
         }
         let end = request.at + u64::from(request.len);
         let mut at = request.at;

@@ -468,6 +468,11 @@ fn reads_show_holes_and_reach_the_last_byte() {
         assert_eq!(reply.chunks, [(at, u64::from(len), false)]);
         assert!(reply.bytes == expected(at, len.into()));
     }
+    // A chunk of data has at least one byte, and the end of the disk is no place beyond it.
+    for (flags, at) in [(0, 7), (DF, 7), (DF, HOLE), (DF, SIZE)] {
+        chunked.request(flags, READ, at, 0);
+        assert_eq!(chunked.reply(at, 0).unwrap().chunks, []);
+    }
 }
 
 #[test]
