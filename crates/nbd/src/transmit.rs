@@ -164,7 +164,11 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         let end = request.at.checked_add(request.len.into());
         if end.is_none_or(|end| end > self.export.size()) {
             return Err(Failure::new(
-                if writes { ErrorCode::NoSpace } else { ErrorCode::Invalid },
+                match request.command {
+                    command::WRITE | command::WRITE_ZEROES => ErrorCode::NoSpace,
+                    // A trim, too (specification, "Error values").
+                    _ => ErrorCode::Invalid,
+                },
                 format!(
                     "{} bytes at {} do not lie within the {} bytes of the disk",
                     request.len,
