@@ -31,7 +31,7 @@ pub struct Settings {
     pub threads: usize,
     /// Connections at once; more are turned away. At least 1. A client may make several where more than 1 are allowed.
     pub connections: usize,
-    /// A client that has not finished its negotiation by then is turned away.
+    /// A client that has not finished its negotiation by then is turned away; [`Duration::MAX`]: never.
     pub negotiation_time: Duration,
     /// End after the last client has left, once there was one that took the export: who only looks whether somebody
     /// listens, or lists what there is, does not count.

@@ -677,6 +677,15 @@ fn negotiation_has_a_deadline_even_for_those_who_trickle() {
 }
 
 #[test]
+fn there_may_be_no_deadline() {
+    for time in [Duration::MAX, Duration::from_secs(1 << 62)] {
+        let fixture = serve(&disk(false), |settings| settings.negotiation_time = time);
+        fixture.still_serves();
+        assert_eq!(*fixture.log.lock().unwrap(), [""; 0]);
+    }
+}
+
+#[test]
 fn there_are_only_so_many_clients() {
     let fixture = serve(&disk(false), |settings| settings.connections = 2);
     let first = Client::go(&fixture.socket(), true);
