@@ -255,6 +255,79 @@ fn a_signal_ends_it_and_leaves_nothing() {
 }
 
 #[test]
+fn a_pid_file_costs_no_other_file() {
+    let dir = scratch();
+    let dir = dir.path();
+    let disk = disk(1, 1 << 20);
+    fs::write(dir.join("a.raw"), &disk).unwrap();
+    fs::write(dir.join("empty.raw"), "").unwrap();
+    fs::write(dir.join("notes"), "bread\n").unwrap();
+    fs::write(dir.join("long"), "1".repeat(100)).unwrap();
+    fs::create_dir(dir.join("folder")).unwrap();
+    for (image, pid, why) in [
+        ("a.raw", "a.raw", "locked"),
+        ("empty.raw", "empty.raw", "locked"),
+        ("a.raw", "notes", "something else than a process id"),
+        ("a.raw", "long", "something else than a process id"),
+        ("a.raw", "empty.raw/pid", "not a directory"),
+        ("a.raw", "folder", "is a directory"),
+        ("a.raw", "/dev/null", "no regular file"),
+    ] {
+        let cmd = diskmill().cmd(["serve", "-f", "raw", "--unix", "s", "--pid-file", pid, image]).dir(dir);
+        let out = cmd.limit(Duration::from_secs(10)).fails(1);
+        out.says(&[pid]);
+        out.says(&[why]);
+    }
+    assert!(fs::read(dir.join("a.raw")).unwrap() == disk);
+    assert_eq!(fs::read(dir.join("empty.raw")).unwrap(), b"");
+    assert_eq!(fs::read(dir.join("notes")).unwrap(), b"bread\n");
+    assert_eq!(fs::metadata(dir.join("long")).unwrap().len(), 100);
+    // Neither does what fails for another reason.
+    fs::write(dir.join("old"), "4711\n").unwrap();
+    for pid in ["old", "new"] {
+        let cmd =
+            diskmill().cmd(["serve", "-f", "raw", "--unix", "notes", "--pid-file", pid, "a.raw"]).dir(dir);
+        cmd.fails(1).says(&["no socket"]);
+    }
+    assert_eq!(fs::read(dir.join("old")).unwrap(), b"4711\n");
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 6, "something was left behind");
+}
+
+#[test]
+fn a_pid_file_is_of_one_server() {
+    let dir = scratch();
+    let dir = dir.path();
+    fs::write(dir.join("a.raw"), disk(1, 1 << 20)).unwrap();
+    let pid = dir.join("pid");
+    // What a killed one left, by way of a link.
+    fs::write(&pid, "1234567\n").unwrap();
+    std::os::unix::fs::symlink("pid", dir.join("link")).unwrap();
+    let start = |socket, pid| {
+        diskmill().cmd(["serve", "-f", "raw", "--unix", socket, "--pid-file", pid, "a.raw"]).dir(dir)
+    };
+    let first = start("1", "link").spawn();
+    let number = format!("{}\n", first.id());
+    let until = Instant::now() + Duration::from_secs(30);
+    while fs::read_to_string(&pid).unwrap() != number {
+        assert!(!first.ended_within(Duration::from_millis(10)) && Instant::now() < until);
+    }
+    start("2", "pid").limit(Duration::from_secs(10)).fails(1).says(&["locked"]);
+    assert_eq!(fs::read_to_string(&pid).unwrap(), number);
+    assert!(!dir.join("2").exists());
+    first.signal(Signal::INT);
+    let _ = first.wait().expect_code(0);
+    assert!(!pid.exists());
+    // What somebody has put in its place stays.
+    let second = start("1", "pid").spawn();
+    wait_for(&second, &pid);
+    fs::remove_file(&pid).unwrap();
+    fs::write(&pid, "theirs").unwrap();
+    second.signal(Signal::INT);
+    let _ = second.wait().expect_code(0);
+    assert_eq!(fs::read(&pid).unwrap(), b"theirs");
+}
+
+#[test]
 fn tcp_names_and_the_last_client() {
     let dir = scratch();
     let dir = dir.path();
@@ -277,6 +350,21 @@ fn tcp_names_and_the_last_client() {
     assert_eq!((&facts["uri"], &facts["format"]), (&Value::from(uri), &Value::from("raw")));
     assert!(!pid.exists());
     assert!(fs::read(&out).unwrap() == fs::read(dir.join("a.raw")).unwrap());
+}
+
+#[test]
+fn one_connection_is_enough_for_clients_that_like_more() {
+    let dir = scratch();
+    let dir = dir.path();
+    if tools().is_none() {
+        return;
+    }
+    fs::write(dir.join("a.raw"), disk(1, 8 << 20)).unwrap();
+    let served = Served::start(dir, &["-f", "raw", "-e", "1", "a.raw"]);
+    Cmd::new("nbdcopy").args(["--connections=4", "--threads=4", &served.uri, "out"]).dir(dir).ok();
+    assert!(fs::read(dir.join("out")).unwrap() == fs::read(dir.join("a.raw")).unwrap());
+    let out = served.stop();
+    assert!(out.err().is_empty(), "{out}");
 }
 
 /// The loopback port on which a process listens.
@@ -312,6 +400,9 @@ fn wrong_usage_and_what_is_not_supported() {
     for args in usage {
         let _ = diskmill().cmd(["serve"]).args(args).dir(dir).limit(Duration::from_secs(10)).fails(2);
     }
+    let name = "n".repeat(4097);
+    let long = ["serve", "--unix", "s", "-x", &name, "a.raw"];
+    diskmill().cmd(long).dir(dir).limit(Duration::from_secs(10)).fails(2).says(&["4096"]);
     let failed: [(&[&str], &str); 4] = [
         (&["--unix", "s", "--writable", "-f", "ova", "a.raw"], "archive"),
         (&["--unix", "s", "gone.raw"], "gone.raw"),
@@ -370,6 +461,25 @@ fn what_clients_write_is_in_the_image() {
             q.check_clean(image);
         }
     }
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_no_space() {
+    let dir = scratch();
+    let dir = dir.path();
+    let Some(q) = Oracle::find(dir) else { return };
+    q.create("a.qcow2", "", SIZE);
+    let (socket, pid) = (dir.join("s"), dir.join("pid"));
+    // EFBIG instead of the signal, from 1 MiB on.
+    let limited = ["sh", "-c", r#"trap "" XFSZ; ulimit -f 2048; exec "$0" "$@""#];
+    let cmd = diskmill().cmd(["serve", "--writable", "--unix", "s", "--pid-file", "pid", "a.qcow2"]);
+    let run = cmd.under(limited).dir(dir).spawn();
+    wait_for(&run, &pid);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let out = q.io(["-f", "raw", "-c", "write -P 1 0 4M", &uri]).run();
+    assert!(format!("{out}").contains("No space left on device"), "{out}");
+    run.signal(Signal::INT);
+    let _ = run.wait();
 }
 
 #[test]

@@ -1,14 +1,17 @@
 //! `diskmill serve`: an image as an NBD export.
 
-use std::fs;
-use std::io::{self, Write};
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 use diskmill::{Format, Image, OpenOptions};
-use diskmill_nbd::{Address, ImageExport, Server, Settings};
+use diskmill_nbd::{Address, ImageExport, MAX_NAME, Server, Settings};
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::Errno;
 use serde_json::json;
 
 use crate::args::{OpenArgs, snapshot_ref};
@@ -65,7 +68,7 @@ pub(crate) struct ServeArgs {
     #[arg(short = 'x', long, visible_alias = "export-name", value_name = "NAME", default_value = "")]
     name: String,
 
-    /// Clients at once
+    /// Connections at once. A client may make several (nbdcopy: 4, unless --connections says otherwise), but not with 1
     #[arg(short = 'e', long, visible_alias = "shared", value_name = "N", default_value_t = 16,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
     connections: u16,
@@ -82,7 +85,8 @@ pub(crate) struct ServeArgs {
     #[arg(short = 't', long, conflicts_with = "exit_with_last_client")]
     persistent: bool,
 
-    /// Write the process id into this file once clients can connect, and remove it at the end
+    /// Write the process id into this file once clients can connect, and remove it at the end. The file is locked
+    /// meanwhile; one that holds anything but a process id is refused
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
 
@@ -106,6 +110,12 @@ pub(crate) struct ServeArgs {
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
+    if args.name.len() > MAX_NAME {
+        let len = args.name.len();
+        return Err(Failure::usage(format!(
+            "--name: at most {MAX_NAME} bytes, not {len}: clients ask for no more"
+        )));
+    }
     let options = OpenOptions {
         snapshot: args.snapshot.as_deref().map(snapshot_ref),
         direct: args.direct,
@@ -137,11 +147,15 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     if let Some(threads) = args.threads {
         settings.threads = threads.into();
     }
+    // Behind the image, whose locks show that it is none of the image's files; before anything is made.
+    let mut pid_file = args.pid_file.as_deref().map(PidFile::lock).transpose()?;
     let server = Server::bind(&address, settings)
         .map_err(|error| Failure::failed(format!("cannot listen at {}: {error}", named(&address))))?;
     let stopper = server.stopper();
     let _watch = Watch::start_with(move || stopper.stop())?;
-    let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    if let Some(file) = &mut pid_file {
+        file.write()?;
+    }
     announce(args, &server, &image)?;
     let export = if args.writable { ImageExport::writable(image) } else { ImageExport::new(image) };
     let served = server.run(&export);
@@ -177,20 +191,93 @@ fn announce(args: &ServeArgs, server: &Server, image: &Image) -> io::Result<()> 
     out.flush()
 }
 
-/// A file with our process id, there for as long as this value.
-struct PidFile(PathBuf);
+/// A file with our process id, locked and there for as long as this value.
+struct PidFile {
+    path: PathBuf,
+    /// Nothing else here may open the file: closing that would release the lock.
+    file: File,
+    /// Whether the file is ours to remove: it was empty, or holds our number.
+    ours: bool,
+}
 
 impl PidFile {
-    fn write(path: &Path) -> Result<Self, Failure> {
-        fs::write(path, format!("{}\n", std::process::id()))
-            .map_err(|error| Failure::failed(format!("cannot write the process id to {path:?}: {error}")))?;
-        Ok(Self(path.to_owned()))
+    /// The longest content that may be a process id, in bytes.
+    const LONGEST: u64 = 32;
+
+    /// Takes the file for us, without changing what it holds yet.
+    fn lock(path: &Path) -> Result<Self, Failure> {
+        let failed = |error| Failure::failed(format!("cannot use {path:?} as pid file: {error}"));
+        loop {
+            let mut options = File::options();
+            // What it holds is looked at first.
+            let mut file =
+                options.read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
+            let meta = file.metadata().map_err(failed)?;
+            if !meta.is_file() {
+                return Err(Failure::failed(format!(
+                    "cannot use {path:?} as pid file: it is no regular file: name another file"
+                )));
+            }
+            // The lock that qemu-nbd takes, which those of images conflict with, too.
+            match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::AGAIN | Errno::ACCESS) => {
+                    return Err(Failure::failed(format!(
+                        "cannot use {path:?} as pid file: it is locked, being an image in use or the pid file of \
+                         another server: name another file"
+                    )));
+                }
+                Err(error) => return Err(failed(error.into())),
+            }
+            // Without symbolic links, so that the file itself is removed.
+            let path = match path.canonicalize() {
+                Ok(path) => path,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            // A server that ended meanwhile has removed its file; what we have locked is nowhere then.
+            if identity(path.symlink_metadata()) != Some((meta.dev(), meta.ino())) {
+                continue;
+            }
+            let mut content = Vec::new();
+            (&mut file).take(Self::LONGEST + 1).read_to_end(&mut content).map_err(failed)?;
+            if !content.is_empty() && !is_pid(&content) {
+                return Err(Failure::failed(format!(
+                    "cannot use {path:?} as pid file: it holds something else than a process id: name another file"
+                )));
+            }
+            return Ok(Self { path, file, ours: content.is_empty() });
+        }
+    }
+
+    /// Writes our process id.
+    fn write(&mut self) -> Result<(), Failure> {
+        let text = format!("{}\n", std::process::id());
+        let written = self.file.set_len(0).and_then(|()| self.file.write_all_at(text.as_bytes(), 0));
+        self.ours = true;
+        written.map_err(|error| {
+            Failure::failed(format!("cannot write the process id to {:?}: {error}", self.path))
+        })
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        // Gone meanwhile is as good.
-        let _ = fs::remove_file(&self.0);
+        // Somebody else may have put another file in its place.
+        let here = identity(self.path.symlink_metadata());
+        if self.ours && here.is_some() && here == identity(self.file.metadata()) {
+            // Gone meanwhile is as good.
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+/// Whether a file with this content is what a server left that was killed.
+fn is_pid(content: &[u8]) -> bool {
+    str::from_utf8(content).is_ok_and(|text| text.trim_ascii().parse().is_ok_and(|pid: i32| pid > 0))
+}
+
+/// Device and inode of a file that there is.
+fn identity(meta: io::Result<Metadata>) -> Option<(u64, u64)> {
+    meta.ok().map(|meta| (meta.dev(), meta.ino()))
 }

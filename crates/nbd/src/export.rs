@@ -1,4 +1,5 @@
 use std::fmt;
+use std::io;
 
 /// What a failed request is answered with (specification, "Error values").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +13,7 @@ pub enum ErrorCode {
     NoMemory,
     /// `NBD_EINVAL`: the request makes no sense.
     Invalid,
-    /// `NBD_ENOSPC`: a write past the end of the disk.
+    /// `NBD_ENOSPC`: a write past the end of the disk, or more than the file system, a quota or a limit allows.
     NoSpace,
     /// `NBD_EOVERFLOW`: too long for one piece.
     Overflow,
@@ -69,15 +70,17 @@ impl From<diskmill::Error> for Failure {
         let code = match error.kind() {
             diskmill::Kind::Invalid => ErrorCode::Invalid,
             diskmill::Kind::Unsupported => ErrorCode::NotSupported,
-            diskmill::Kind::Io if is_full(&error) => ErrorCode::NoSpace,
+            diskmill::Kind::Io if error.os_error().is_some_and(is_full) => ErrorCode::NoSpace,
             _ => ErrorCode::Io,
         };
         Self::new(code, error.to_string())
     }
 }
 
-fn is_full(error: &diskmill::Error) -> bool {
-    error.os_error().is_some_and(|cause| cause.kind() == std::io::ErrorKind::StorageFull)
+/// Whether it is `ENOSPC`, `EDQUOT` or `EFBIG`, which the specification wants told as one.
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
 }
 
 /// A run of the disk.
@@ -157,5 +160,21 @@ pub trait Session {
     /// As all methods.
     fn flush(&mut self) -> Result<(), Failure> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_quota_and_a_limit_are_no_space() {
+        for (errno, full) in
+            [(Errno::NOSPC, true), (Errno::DQUOT, true), (Errno::FBIG, true), (Errno::IO, false)]
+        {
+            assert_eq!(is_full(&errno.into()), full, "{errno}");
+        }
     }
 }

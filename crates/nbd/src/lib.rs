@@ -37,5 +37,5 @@ mod transmit;
 pub use export::{ErrorCode, Export, Failure, Run, Session};
 pub use image::ImageExport;
 pub use listener::Address;
-pub use protocol::MAX_REQUEST;
+pub use protocol::{MAX_NAME, MAX_REQUEST};
 pub use server::{Running, Server, Settings, Stopper, converse, serve};

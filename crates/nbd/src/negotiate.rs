@@ -21,6 +21,8 @@ pub(crate) struct Offer {
     pub(crate) size: u64,
     /// Whether it may be written.
     pub(crate) writable: bool,
+    /// Whether a client may connect more than once at the same time.
+    pub(crate) multi_conn: bool,
 }
 
 /// What was agreed on.
@@ -217,7 +219,9 @@ impl Talk<'_> {
         };
         let access = if self.offer.writable { SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES } else { READ_ONLY };
         let structured = if self.agreed.structured { SEND_DF } else { 0 };
-        HAS_FLAGS | SEND_FLUSH | SEND_CACHE | CAN_MULTI_CONN | access | structured
+        // Of a client that is told so, the second connection would be turned away.
+        let multi_conn = if self.offer.multi_conn { CAN_MULTI_CONN } else { 0 };
+        HAS_FLAGS | SEND_FLUSH | SEND_CACHE | multi_conn | access | structured
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {

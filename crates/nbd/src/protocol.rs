@@ -12,8 +12,12 @@ pub const MAX_REQUEST: u32 = 32 << 20;
 pub(crate) const MIN_BLOCK: u32 = 1;
 pub(crate) const PREFERRED_BLOCK: u32 = 4096;
 
-/// The longest string (export name, context name, message), in bytes (specification, "Values").
+/// The longest string (export name, context name, message), in bytes (specification, "Conventions").
 pub(crate) const MAX_STRING: u32 = 4096;
+/// The longest name of an export, in bytes: clients cannot ask for a longer one.
+pub const MAX_NAME: usize = MAX_STRING as usize;
+/// The longest text for people (messages, descriptions), in characters: all that fit into a string, whatever they are.
+pub(crate) const MAX_TEXT: usize = MAX_STRING as usize / 4;
 /// The longest option data that is looked at, in bytes: room for a name and many queries.
 pub(crate) const MAX_OPTION: u32 = 64 << 10;
 /// The longest option data that is skipped; more ends the connection.

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::export::Export;
 use crate::listener::{Address, Listener};
 use crate::negotiate::{Agreed, Offer, negotiate};
+use crate::protocol::{MAX_NAME, MAX_TEXT};
 use crate::stream::{Deadline, Stream};
 use crate::transmit::Connection;
 
@@ -24,15 +25,16 @@ const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How to serve.
 #[derive(Clone)]
 pub struct Settings {
-    /// Name of the export. Clients that ask for the empty name get it, too.
+    /// Name of the export, of at most [`MAX_NAME`] bytes. Clients that ask for the empty name get it, too.
     pub export_name: String,
     /// Threads for each client: also how many of its requests are worked on at once. At least 1.
     pub threads: usize,
-    /// Clients at once; more are turned away. At least 1.
+    /// Connections at once; more are turned away. At least 1. A client may make several where more than 1 are allowed.
     pub connections: usize,
-    /// A client that has not finished its negotiation by then is turned away.
+    /// A client that has not finished its negotiation by then is turned away; [`Duration::MAX`]: never.
     pub negotiation_time: Duration,
-    /// End after the last client has left, once there was one.
+    /// End after the last client has left, once there was one that took the export: who only looks whether somebody
+    /// listens, or lists what there is, does not count.
     pub exit_with_last_client: bool,
     /// Told, in words for people, of clients that were turned away or broke the protocol, and of damage of the image.
     pub log: Arc<dyn Fn(&str) + Send + Sync>,
@@ -78,6 +80,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     stopped: AtomicBool,
+    /// A client has finished its negotiation and got the export.
+    served: AtomicBool,
     /// A byte is written to it whenever the accepting thread should look up.
     wake: UnixStream,
     /// The clients' sockets, by number.
@@ -117,13 +121,22 @@ impl Server {
     ///
     /// # Errors
     /// `AddrInUse` if another server listens there or a file has the name, `InvalidInput` if the name is too long for a
-    /// socket, and whatever the system says.
+    /// socket or that of the export for a client, and whatever the system says.
     pub fn bind(address: &Address, settings: Settings) -> io::Result<Self> {
+        if settings.export_name.len() > MAX_NAME {
+            let why = format!("the name of an export has at most {MAX_NAME} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
         let listener = Listener::bind(address)?;
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        let shared = Shared { stopped: AtomicBool::new(false), wake, clients: Mutex::default() };
+        let shared = Shared {
+            stopped: AtomicBool::new(false),
+            served: AtomicBool::new(false),
+            wake,
+            clients: Mutex::default(),
+        };
         Ok(Self { listener, settings, shared: Arc::new(shared), woken })
     }
 
@@ -180,8 +193,9 @@ impl Server {
                 Err(error) => return Err(error.into()),
             }
             while matches!((&self.woken).read(&mut [0; 64]), Ok(64)) {}
-            let served = number > 0 && self.shared.clients().is_empty();
-            if self.shared.stopped.load(Relaxed) || (self.settings.exit_with_last_client && served) {
+            // In this order: whoever is gone has said before whether it was served.
+            let left = self.shared.clients().is_empty() && self.shared.served.load(Relaxed);
+            if self.shared.stopped.load(Relaxed) || (self.settings.exit_with_last_client && left) {
                 return Ok(());
             }
             let stream = match self.listener.accept() {
@@ -220,7 +234,10 @@ impl Server {
     fn client(&self, number: u64, stream: &Stream, export: &dyn Export) {
         let log = |message: &str| self.log(&format!("client {number}: {message}"));
         let serve = || match self.agree(stream, export)? {
-            Some(agreed) => self.transmit(stream, agreed, export, &log),
+            Some(agreed) => {
+                self.shared.served.store(true, Relaxed);
+                self.transmit(stream, agreed, export, &log)
+            }
             None => Ok(()),
         };
         // A bug must end this client, not the others.
@@ -294,9 +311,10 @@ impl Settings {
     fn offer(&self, export: &dyn Export) -> Offer {
         Offer {
             name: self.export_name.clone(),
-            description: export.description(),
+            description: export.description().chars().take(MAX_TEXT).collect(),
             size: export.size(),
             writable: export.is_writable(),
+            multi_conn: self.connections > 1,
         }
     }
 }

@@ -72,20 +72,21 @@ impl Write for &Stream {
 /// A socket that gives up at a set time, however slowly the other side sends.
 pub(crate) struct Deadline<'a> {
     stream: &'a Stream,
-    until: Instant,
+    /// `None` for one that is too far away for a clock.
+    until: Option<Instant>,
 }
 
 impl<'a> Deadline<'a> {
     pub(crate) fn new(stream: &'a Stream, time: Duration) -> Self {
-        Self { stream, until: Instant::now() + time }
+        Self { stream, until: Instant::now().checked_add(time) }
     }
 
     fn arm(&self) -> io::Result<()> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.stream.set_timeout(Some(left))
+        self.stream.set_timeout(left)
     }
 }
 

@@ -14,8 +14,8 @@ use byteorder::{BE, WriteBytesExt};
 use crate::export::{ErrorCode, Export, Failure, Session};
 use crate::negotiate::Agreed;
 use crate::protocol::{
-    BASE_ALLOCATION_ID, MAX_REQUEST, Request, STATE_HOLE, STATE_ZERO, chunk, command, flag, put_chunk,
-    put_simple, violation,
+    BASE_ALLOCATION_ID, MAX_REQUEST, MAX_TEXT, Request, STATE_HOLE, STATE_ZERO, chunk, command, flag,
+    put_chunk, put_simple, violation,
 };
 use crate::stream::write_all_vectored;
 
@@ -25,8 +25,6 @@ const PIECE: usize = 1 << 20;
 const LEAST_HOLE: u64 = 4096;
 /// Runs in the answer to one block status request.
 const MAX_RUNS: usize = 16 << 10;
-/// The longest message to a client, in characters (specification: strings have at most 4096 bytes).
-const MAX_MESSAGE: usize = 1000;
 /// For the requests; long payloads go past it.
 const INPUT_BUFFER: usize = 16 << 10;
 
@@ -166,7 +164,11 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         let end = request.at.checked_add(request.len.into());
         if end.is_none_or(|end| end > self.export.size()) {
             return Err(Failure::new(
-                if writes { ErrorCode::NoSpace } else { ErrorCode::Invalid },
+                match request.command {
+                    command::WRITE | command::WRITE_ZEROES => ErrorCode::NoSpace,
+                    // A trim, too (specification, "Error values").
+                    _ => ErrorCode::Invalid,
+                },
                 format!(
                     "{} bytes at {} do not lie within the {} bytes of the disk",
                     request.len,
@@ -230,7 +232,7 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         }
         let head = worker.head();
         if self.agreed.structured {
-            let message: String = failure.message.chars().take(MAX_MESSAGE).collect();
+            let message: String = failure.message.chars().take(MAX_TEXT).collect();
             put_chunk(head, chunk::DONE, chunk::ERROR, request.cookie, message.len() + 6)?;
             head.write_u32::<BE>(failure.code.number())?;
             head.write_u16::<BE>(message.len() as u16)?;
@@ -242,12 +244,13 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
     }
 
     fn read(&self, request: &Request, worker: &mut Worker<'_>) -> io::Result<()> {
+        // A chunk of data has at least one byte.
+        if request.len == 0 {
+            return self.done(request, worker);
+        }
         // Without chunks nothing can be taken back once it is sent.
         if !self.agreed.structured || request.has(flag::DF) {
             return self.read_whole(request, worker);
-        }
-        if request.len == 0 {
-            return self.done(request, worker);
         }
         let end = request.at + u64::from(request.len);
         let mut at = request.at;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use diskmill_nbd::{Address, ErrorCode, Export, Failure, Run, Running, Session, Settings};
+use diskmill_nbd::{Address, ErrorCode, Export, Failure, MAX_NAME, Run, Running, Session, Settings};
 use tempfile::TempDir;
 
 const OPTION: u64 = 0x4948_4156_454f_5054;
@@ -55,6 +55,7 @@ const BAD: u64 = 40 * MIB + 5;
 struct Disk {
     bytes: Arc<Mutex<Vec<u8>>>,
     writable: bool,
+    description: String,
     flushes: Arc<Mutex<u32>>,
 }
 
@@ -64,7 +65,8 @@ fn byte(at: u64) -> u8 {
 
 fn disk(writable: bool) -> Disk {
     let bytes = (0..SIZE).map(byte).collect();
-    Disk { bytes: Arc::new(Mutex::new(bytes)), writable, flushes: Arc::default() }
+    let description = "a test".to_owned();
+    Disk { bytes: Arc::new(Mutex::new(bytes)), writable, description, flushes: Arc::default() }
 }
 
 impl Export for Disk {
@@ -77,7 +79,7 @@ impl Export for Disk {
     }
 
     fn description(&self) -> String {
-        "a test".to_owned()
+        self.description.clone()
     }
 
     fn status(&self, at: u64, max: u64) -> Result<Run, Failure> {
@@ -411,6 +413,23 @@ fn options_are_answered_by_the_specification() {
 }
 
 #[test]
+fn names_and_descriptions_are_as_long_as_clients_may_take_them() {
+    let name = "n".repeat(MAX_NAME);
+    let disk = Disk { description: "é".repeat(5000), ..disk(false) };
+    let fixture = serve(&disk, |settings| settings.export_name.clone_from(&name));
+    let mut client = Client::greet(&fixture.socket());
+    client.option(INFO, &info(&name, &[2]));
+    let texts: Vec<_> = [3, 3, 3, ACK].map(|kind| (client.option_reply(), kind)).into();
+    for ((_, got, text), want) in texts {
+        assert!(got == want && text.len() <= 2 + MAX_NAME, "{got} of {} bytes", text.len());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let address = Address::Unix(dir.path().join("s"));
+    let settings = Settings { export_name: name + "n", ..Settings::default() };
+    assert_eq!(diskmill_nbd::serve(disk, &address, settings).unwrap_err().kind(), ErrorKind::InvalidInput);
+}
+
+#[test]
 fn the_old_way_in_works() {
     let fixture = serve(&disk(false), |_| ());
     for (flags, padding) in [(3u32, 0), (1, 124)] {
@@ -448,6 +467,11 @@ fn reads_show_holes_and_reach_the_last_byte() {
         let reply = chunked.reply(at, len.into()).unwrap();
         assert_eq!(reply.chunks, [(at, u64::from(len), false)]);
         assert!(reply.bytes == expected(at, len.into()));
+    }
+    // A chunk of data has at least one byte, and the end of the disk is no place beyond it.
+    for (flags, at) in [(0, 7), (DF, 7), (DF, HOLE), (DF, SIZE)] {
+        chunked.request(flags, READ, at, 0);
+        assert_eq!(chunked.reply(at, 0).unwrap().chunks, []);
     }
 }
 
@@ -526,7 +550,12 @@ fn writes_arrive_where_they_are_allowed() {
         assert!(client.read(1000, 200).unwrap().bytes == [0; 200]);
         assert_eq!(client.write(0, SIZE - 1, &[1, 2]).unwrap_err(), ENOSPC);
         assert_eq!(client.write(0, SIZE - 1, &vec![1; 2 << 20]).unwrap_err(), ENOSPC);
-        assert_eq!(client.ask(0, TRIM, SIZE, 1).unwrap_err(), ENOSPC);
+        // A trim needs no space.
+        for (command, error) in [(TRIM, EINVAL), (WRITE_ZEROES, ENOSPC)] {
+            for (at, len) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1)] {
+                assert_eq!(client.ask(0, command, at, len).unwrap_err(), error, "{command} {at} {len}");
+            }
+        }
         let before = *disk.flushes.lock().unwrap();
         client.write(FUA, 0, &[1]).unwrap();
         client.ask(0, FLUSH, 0, 0).unwrap();
@@ -648,6 +677,15 @@ fn negotiation_has_a_deadline_even_for_those_who_trickle() {
 }
 
 #[test]
+fn there_may_be_no_deadline() {
+    for time in [Duration::MAX, Duration::from_secs(1 << 62)] {
+        let fixture = serve(&disk(false), |settings| settings.negotiation_time = time);
+        fixture.still_serves();
+        assert_eq!(*fixture.log.lock().unwrap(), [""; 0]);
+    }
+}
+
+#[test]
 fn there_are_only_so_many_clients() {
     let fixture = serve(&disk(false), |settings| settings.connections = 2);
     let first = Client::go(&fixture.socket(), true);
@@ -664,6 +702,16 @@ fn there_are_only_so_many_clients() {
         }
         assert!(Instant::now() < until, "the place of the first is not free");
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn one_connection_is_no_invitation_to_more() {
+    for (connections, flags) in [(1, 0b100_0000_0111), (2, 0b101_0000_0111)] {
+        let fixture = serve(&disk(false), |settings| settings.connections = connections);
+        let mut client = Client::greet(&fixture.socket());
+        client.option(EXPORT_NAME, b"");
+        assert_eq!((client.u64(), client.u16()), (SIZE, flags));
     }
 }
 
@@ -699,6 +747,35 @@ fn the_last_client_may_end_it() {
     drop(second);
     fixture.server.wait().unwrap();
     assert!(!socket.exists());
+}
+
+#[test]
+fn who_never_was_a_client_does_not_end_it() {
+    let fixture = serve(&disk(false), |settings| settings.exit_with_last_client = true);
+    let socket = fixture.socket();
+    drop(UnixStream::connect(&socket).unwrap());
+    drop(Client::greet(&socket));
+    let mut lister = Client::greet(&socket);
+    for (option, data, want) in [(LIST, vec![], &[2, ACK][..]), (INFO, info("", &[]), &[3, 3, ACK])] {
+        lister.option(option, &data);
+        assert_eq!(lister.kinds(), want);
+    }
+    lister.option(ABORT, &[]);
+    assert_eq!(lister.kinds(), [ACK]);
+    lister.closed();
+    // Another server looks whether the socket is stale.
+    let other = diskmill_nbd::serve(disk(false), &Address::Unix(socket.clone()), Settings::default());
+    assert_eq!(other.unwrap_err().kind(), ErrorKind::AddrInUse);
+    std::thread::sleep(Duration::from_millis(200));
+    fixture.still_serves();
+    fixture.server.wait().unwrap();
+    // The old way in counts.
+    let fixture = serve(&disk(false), |settings| settings.exit_with_last_client = true);
+    let mut client = Client::greet(&fixture.socket());
+    client.option(EXPORT_NAME, b"");
+    client.take(10);
+    drop(client);
+    fixture.server.wait().unwrap();
 }
 
 #[test]
