@@ -222,3 +222,69 @@ fn memory_stays_bounded_with_much_data_and_little_memory() {
         assert_eq!(same.out(), "Images are identical.\n");
     }
 }
+
+/// The header of a qcow2 image of version 3: log2 of the cluster size, size, L1 entries and where they stand, where the
+/// refcount table stands, autoclear bits.
+fn qcow2_header(cluster_bits: u32, size: u64, l1: (u32, u64), refcounts: u64, autoclear: u64) -> Vec<u8> {
+    let mut header = b"QFI\xfb\0\0\0\x03".to_vec();
+    header.extend([0; 12]);
+    header.extend(cluster_bits.to_be_bytes());
+    header.extend(size.to_be_bytes());
+    header.extend([0; 4]);
+    header.extend(l1.0.to_be_bytes());
+    header.extend(l1.1.to_be_bytes());
+    header.extend(refcounts.to_be_bytes());
+    header.extend(1u32.to_be_bytes());
+    header.extend([0; 28]);
+    header.extend(autoclear.to_be_bytes());
+    header.extend(4u32.to_be_bytes());
+    header.extend(104u32.to_be_bytes());
+    header
+}
+
+/// A disk in which every other cluster of 512 bytes is damaged: `tables` L1 entries that all name one L2 table.
+fn damaged_everywhere(path: &Path, tables: u32) -> u64 {
+    let l2 = 4096 + u64::from(tables) * 8;
+    let file = File::create(path).unwrap();
+    let size = u64::from(tables) * 32_768;
+    file.write_all_at(&qcow2_header(9, size, (tables, 4096), 512, 0), 0).unwrap();
+    file.write_all_at(&1024u64.to_be_bytes(), 512).unwrap();
+    file.write_all_at(&(l2 | 1 << 63).to_be_bytes().repeat(tables as usize), 4096).unwrap();
+    let pair = [1u64.to_be_bytes(), (1u64 << 50).to_be_bytes()].concat();
+    file.write_all_at(&pair.repeat(32), l2).unwrap();
+    size
+}
+
+#[test]
+fn damage_everywhere_takes_little_memory() {
+    let dir = scratch();
+    let [image, out] = ["d.qcow2", "d.raw"].map(|name| dir.path().join(name));
+    let salvage = |source: &Path| {
+        let args = args!["convert", "--json", "--memory", "16M", "--salvage", "-O", "raw", source, &out];
+        let done = diskmill().cmd(args).limit(Duration::from_secs(60)).fails(3);
+        assert!(done.peak_rss < READERS_MEMORY, "{} MiB of memory", done.peak_rss >> 20);
+        done.json()
+    };
+    let size = damaged_everywhere(&image, 1 << 14);
+    let json = salvage(&image);
+    let listed = json["bad-ranges"].as_array().unwrap();
+    let number = |value: &serde_json::Value| value.as_u64().unwrap();
+    let in_list: u64 = listed.iter().map(|range| number(&range["length"])).sum();
+    assert_eq!(in_list + number(&json["more-bad-bytes"]), size / 2, "all of it is counted");
+    assert_eq!(listed.len() as u64 + number(&json["more-bad-ranges"]), size / 1024);
+    assert!(listed.len() < 50_000);
+
+    // The same in qemu-img's words, and where an image that holds something is written into.
+    let size = damaged_everywhere(&image, 1 << 9);
+    let used = dir.path().join("used.qcow2");
+    std::fs::write(dir.path().join("full.raw"), vec![7; size as usize]).unwrap();
+    diskmill().cmd(args!["convert", "-O", "qcow2", dir.path().join("full.raw"), &used]).ok();
+    let args = args!["convert", "--json", "--salvage", "-n", "-O", "qcow2", &image, &used];
+    let json = diskmill().cmd(args).fails(3).json();
+    let lost =
+        json["bad-ranges"].as_array().unwrap().iter().map(|range| number(&range["length"])).sum::<u64>();
+    assert_eq!(lost + number(&json["more-bad-bytes"]), size / 2);
+    let said =
+        diskmill().cmd(args!["qemu-img", "convert", "--salvage", "-O", "raw", &image, &out]).ok().err();
+    assert!(said.lines().count() < 11_000 && said.contains("more places"), "{}", said.lines().count());
+}
