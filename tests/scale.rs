@@ -288,3 +288,46 @@ fn damage_everywhere_takes_little_memory() {
         diskmill().cmd(args!["qemu-img", "convert", "--salvage", "-O", "raw", &image, &out]).ok().err();
     assert!(said.lines().count() < 11_000 && said.contains("more places"), "{}", said.lines().count());
 }
+
+/// Bitmaps of 512 MiB each, whose table entries all are `entry`.
+fn large_bitmaps(path: &Path, count: u32, entry: u64) {
+    const TABLE: u64 = 16 << 20;
+    let mut directory = Vec::new();
+    for index in 0..count {
+        directory.extend(TABLE.to_be_bytes());
+        directory.extend(8192u32.to_be_bytes());
+        directory.extend([0, 0, 0, 0, 1, 16, 0, 2, 0, 0, 0, 0, b'b', b'0' + index as u8, 0, 0, 0, 0, 0, 0]);
+    }
+    let file = File::create(path).unwrap();
+    let mut header = qcow2_header(16, 1 << 48, (1 << 19, 1 << 21), 65_536, 1);
+    header.extend(0x2385_2875_0000_0018u64.to_be_bytes());
+    header.extend(count.to_be_bytes());
+    header.extend([0; 4]);
+    header.extend((directory.len() as u64).to_be_bytes());
+    header.extend((6u64 << 20).to_be_bytes());
+    header.extend([0; 8]);
+    file.write_all_at(&header, 0).unwrap();
+    file.write_all_at(&(128u64 << 10).to_be_bytes(), 65_536).unwrap();
+    file.write_all_at(&directory, 6 << 20).unwrap();
+    file.write_all_at(&entry.to_be_bytes().repeat(8192), TABLE).unwrap();
+    file.write_all_at(&[0x55; 65_536], TABLE + 65_536).unwrap();
+    file.set_len(17 << 20).unwrap();
+}
+
+#[test]
+fn bitmaps_that_are_carried_over_take_little() {
+    let dir = scratch();
+    let [image, out] = ["b.qcow2", "out.qcow2"].map(|name| dir.path().join(name));
+    let carry =
+        || diskmill().cmd(args!["convert", "--memory", "64M", "--bitmaps", "-O", "qcow2", &image, &out]);
+    // Bits that are all set.
+    large_bitmaps(&image, 6, 1);
+    within(carry(), 60, MEMORY / 4);
+    assert!(std::fs::metadata(&out).unwrap().blocks() * 512 < 8 << 20);
+    let info = diskmill().cmd(args!["info", "--json", &out]).ok().json();
+    assert_eq!(info["format-specific"]["data"]["bitmaps"].as_array().unwrap().len(), 6);
+    diskmill().cmd(args!["check", &out]).ok();
+    // One cluster of bits that stands for all of them.
+    large_bitmaps(&image, 6, (16 << 20) + 65_536);
+    carry().fails(1).says(&["the bitmaps take more than 2147483648 bytes together"]);
+}

@@ -5,12 +5,11 @@ use std::sync::{Mutex, PoisonError};
 use diskmill_codec::runs;
 
 use super::{BadList, ConvertOptions, Monitor, SALVAGE_STEP};
-use crate::edit::{DirtyBits, ZeroHow};
+use crate::edit::{BitmapCopy, ZeroHow};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{MapError, Source};
 use crate::parallel::in_parallel;
-use crate::qcow2::Bitmap;
 
 /// Guest bytes that are read and written at once.
 const STEP: u64 = 2 << 20;
@@ -25,7 +24,7 @@ const ZERO_STEP: u64 = 1 << 30;
 pub(super) fn fill(
     sources: &[Image],
     mut target: Image,
-    bitmaps: &[(Bitmap, DirtyBits)],
+    bitmaps: &[BitmapCopy],
     options: &ConvertOptions,
     threads: usize,
     monitor: &Monitor,

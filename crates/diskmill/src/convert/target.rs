@@ -15,14 +15,14 @@ use super::assembler::{Assembler, Finish, TargetFile, WriteOp, WriteWhat};
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
-use crate::edit::DirtyBits;
+use crate::edit::BitmapCopy;
 use crate::encrypted::EncryptedStorage;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
 use crate::probe::Format;
-use crate::qcow2::{Bitmap, Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::qcow2::{Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::reserve::Reserve;
 use crate::vmdk::VmdkOptions;
 
@@ -429,7 +429,7 @@ impl Target {
     }
 
     /// Adds bitmaps to a qcow2 output that is whole otherwise.
-    pub(super) fn add_bitmaps(&self, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+    pub(super) fn add_bitmaps(&self, bitmaps: &[BitmapCopy]) -> Result<()> {
         if bitmaps.is_empty() {
             return Ok(());
         }
