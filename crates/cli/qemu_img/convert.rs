@@ -17,6 +17,7 @@ use super::size::{number, size};
 use super::target::target_format;
 use super::{Fail, Outcome, cache_mode, messages, report, watched};
 use crate::args::{CacheMode, snapshot_ref};
+use crate::names::shown;
 use crate::options::asks_for_help;
 
 /// The largest `-S`.
@@ -160,7 +161,7 @@ impl Request {
             }
         }
         for name in &summary.skipped_bitmaps {
-            report(&format!("warning: Skipping inconsistent bitmap '{name}'"));
+            report(&format!("warning: Skipping inconsistent bitmap '{}'", shown(name)));
         }
         Ok(0)
     }

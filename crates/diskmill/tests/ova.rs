@@ -138,6 +138,26 @@ fn archives_are_told_by_their_first_file_or_their_name() {
 }
 
 #[test]
+fn names_in_an_archive_do_not_drive_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.ova");
+    let evil = "\u{1b}[31m\u{9b}2J\u{85}";
+    let named = envelope(&[(evil, ""), ("x", "")]);
+    let long = format!("<Envelope>&{evil}{};</Envelope>", "x".repeat(100_000));
+    let envelopes = [
+        named,
+        long.into_bytes(),
+        format!("<Envelope><a></{evil}></Envelope>").into_bytes(),
+        format!("<Envelope><References><File href=\"a\" {evil}/></References></Envelope>").into_bytes(),
+    ];
+    for text in envelopes {
+        archive(&path, &[member("a.ovf", &text), member("d.vmdk", &vmdk(dir.path(), 9))]);
+        let error = open(&path, Some("7")).err().unwrap().to_string();
+        assert!(!error.contains(char::is_control) && error.len() < 4096, "{error}");
+    }
+}
+
+#[test]
 fn manifests_are_held_against_every_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.ova");

@@ -1,5 +1,7 @@
 use std::fmt;
 
+use crate::error::escaped;
+
 /// Something that a check found in a qcow2 image or VMDK. Offsets and entries are as they stand in the file.
 ///
 /// [`Display`](fmt::Display) gives the words of `qemu-img check`, which people and scripts know.
@@ -256,11 +258,15 @@ impl fmt::Display for Finding {
             }
             Self::SnapshotL1Misaligned { id, name, offset } => write!(
                 f,
-                "snapshot {id} ({name}) l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+                "snapshot {} ({}) l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted",
+                escaped(id),
+                escaped(name)
             ),
             Self::SnapshotL1TooLarge { id, name, entries } => write!(
                 f,
-                "snapshot {id} ({name}) l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
+                "snapshot {} ({}) l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted",
+                escaped(id),
+                escaped(name)
             ),
             Self::SnapshotIncomplete { index } => write!(f, "snapshot table entry {index} is incomplete"),
             Self::SnapshotExtra { index, bytes } => {
