@@ -171,6 +171,13 @@ pub enum Finding {
         /// The entry.
         entry: u64,
     },
+    /// Two bitmaps have one name.
+    BitmapTwice {
+        /// The name.
+        bitmap: String,
+    },
+    /// The header says of an external data file that it is a raw image, and there is no such file.
+    RawWithoutDataFile,
     /// The limit on what contradicts the format was reached: the rest of these structures was not followed.
     NotFollowed {
         /// What is not followed.
@@ -283,6 +290,10 @@ impl fmt::Display for Finding {
             }
             Self::BitmapEntry { bitmap, entry } => {
                 write!(f, "bitmap {bitmap:?}: table entry {entry:#x} is invalid")
+            }
+            Self::BitmapTwice { bitmap } => write!(f, "bitmap {bitmap:?}: another one has the same name"),
+            Self::RawWithoutDataFile => {
+                f.write_str("autoclear bit 1 (data-file-raw) is set without an external data file")
             }
             Self::NotFollowed { what } => write!(f, "too many {what}: the rest is not followed"),
             Self::Unmappable { guest, len, reason } => {
