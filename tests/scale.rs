@@ -331,3 +331,45 @@ fn bitmaps_that_are_carried_over_take_little() {
     large_bitmaps(&image, 6, (16 << 20) + 65_536);
     carry().fails(1).says(&["the bitmaps take more than 2147483648 bytes together"]);
 }
+
+/// A sparse VMDK with grains of 64 MiB, packed, of zeros.
+fn large_grains(path: &Path, grains: u64) {
+    const GRAIN: u64 = 64 << 20;
+    let mut header = b"KDMV".to_vec();
+    header.extend(3u32.to_le_bytes());
+    header.extend(0x3_0001u32.to_le_bytes());
+    for field in [grains * GRAIN / 512, GRAIN / 512, 0, 0] {
+        header.extend(field.to_le_bytes());
+    }
+    header.extend(512u32.to_le_bytes());
+    for field in [0u64, 1, 128] {
+        header.extend(field.to_le_bytes());
+    }
+    header.extend(b"\0\n \r\n\x01\0");
+    let mut payload = vec![0x78, 0x9c];
+    payload.extend(diskmill_testkit::qcow2::payload::deflate_run(0, GRAIN as usize));
+    payload.extend((((GRAIN % 65_521) << 16 | 1) as u32).to_be_bytes());
+    let file = File::create(path).unwrap();
+    file.write_all_at(&header, 0).unwrap();
+    file.write_all_at(&2u32.to_le_bytes(), 512).unwrap();
+    let room = (payload.len() as u64 + 12).next_multiple_of(512);
+    for index in 0..grains {
+        let at = 65_536 + index * room;
+        file.write_all_at(&((at / 512) as u32).to_le_bytes(), 1024 + index * 4).unwrap();
+        let marker =
+            [&(index * GRAIN / 512).to_le_bytes()[..], &(payload.len() as u32).to_le_bytes()].concat();
+        file.write_all_at(&[marker, payload.clone()].concat(), at).unwrap();
+    }
+    file.set_len(65_536 + grains * room).unwrap();
+}
+
+#[test]
+fn threads_that_compare_large_units_are_few() {
+    let dir = scratch();
+    let [one, other] = ["a.vmdk", "b.vmdk"].map(|name| dir.path().join(name));
+    large_grains(&one, 3);
+    large_grains(&other, 3);
+    let compare = diskmill().cmd(args!["compare", "--threads", "16", &one, &other]);
+    let said = within(compare, 60, MEMORY).out();
+    assert!(said.contains("identical"), "{said}");
+}
