@@ -47,6 +47,13 @@ fn with_bitmap(q: &Oracle, dir: &Path) -> ImageBytes {
     ImageBytes::read(&dir.join("base.qcow2"))
 }
 
+/// Two bitmaps.
+fn with_two_bitmaps(q: &Oracle, dir: &Path) -> ImageBytes {
+    with_bitmap(q, dir);
+    q.img(["bitmap", "--add", "base.qcow2", "THE-bitmap"]).ok();
+    ImageBytes::read(&dir.join("base.qcow2"))
+}
+
 /// What is to become of the image after `-r all`.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum After {
@@ -174,6 +181,13 @@ const BITMAP_CASES: &[Case] = &[
     ("bitmap: reserved bits", |d| d.put64(d.u64(bitmap(d)), 1 << 60), After::Unopened),
     ("bitmaps out of date", |d| d.put64(88, 0), After::Clean),
 ];
+
+const TWO_BITMAPS_CASES: &[Case] = &[("bitmaps: of one name", rename_bitmap, After::Unopened)];
+
+fn rename_bitmap(d: &mut ImageBytes) {
+    let at = d.0.windows(10).position(|at| at == b"THE-bitmap").unwrap();
+    d.put(at as u64, b"the");
+}
 
 const SUBCLUSTER_CASES: &[Case] = &[
     ("subclusters allocated and zero", |d| d.put64(d.l2(1) + 8, 1 << 32 | 1), After::Clean),
@@ -388,6 +402,30 @@ fn damage_beside_a_snapshot() {
 #[test]
 fn damage_of_bitmaps() {
     run_table("bitmap", with_bitmap, BITMAP_CASES);
+    run_table("two bitmaps", with_two_bitmaps, TWO_BITMAPS_CASES);
+}
+
+#[test]
+fn a_raw_data_file_that_is_not_there() {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    let path = dir.path().join("d.qcow2");
+    let mut disk = with_bitmap(&q, dir.path());
+    disk.put64(88, disk.u64(88) | 2);
+    std::fs::write(&path, &disk.0).unwrap();
+    q.img(["check", "d.qcow2"]).fails(1).says(&["data-file-raw"]);
+    let check =
+        |args: &[&str]| tool().cmd([&["check", "-v", "--json"], args, &["d.qcow2"]].concat()).dir(dir.path());
+    for args in [&[][..], &["-r", "leaks"]] {
+        let found = check(args).fails(2);
+        assert_eq!(found.json()["corruptions"], 1, "{found}");
+        found.says(&["data-file-raw"]);
+        assert!(std::fs::read(&path).unwrap() == disk.0);
+    }
+    assert_eq!(check(&["-r", "all"]).ok().json()["corruptions-fixed"], 1);
+    disk.put64(88, 1);
+    assert!(std::fs::read(&path).unwrap() == disk.0, "only the bit was cleared");
+    q.check_clean("d.qcow2");
 }
 
 /// Many snapshots whose L1 tables are the largest there can be, side by side in a hole of the file, and a refcount table

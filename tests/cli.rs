@@ -616,3 +616,26 @@ fn letters_of_qemu_img_are_accepted() {
     let out = diskmill().cmd(["convert", "-t", "magic", "in.raw", "x"]).dir(dir).run();
     assert!(matches!(out.code, Some(1 | 2)), "{out}");
 }
+
+#[test]
+fn names_from_images_do_not_drive_the_terminal() {
+    let dir = scratch();
+    let Some(q) = Oracle::find(dir.path()) else { return };
+    q.create("a.qcow2", "", 1 << 20);
+    q.snapshot("a.qcow2", "evil-name");
+    let image = dir.path().join("a.qcow2");
+    let mut bytes = std::fs::read(&image).unwrap();
+    let at = bytes.windows(9).position(|at| at == b"evil-name").unwrap();
+    bytes[at..at + 9].copy_from_slice(b"\x1b[31m\n\xc2\x9bJ");
+    std::fs::write(&image, bytes).unwrap();
+    let image = image.to_str().unwrap();
+    for line in [
+        &["convert", "-l", "none", image, "x.raw"][..],
+        &["snapshot", "delete", image, "none"],
+        &["qemu-img", "snapshot", "-d", "none", image],
+    ] {
+        let said = diskmill().cmd(line).dir(dir.path()).run().err();
+        let drives = |char: char| char != '\n' && char.is_control();
+        assert!(said.lines().count() < 3 && !said.contains(drives), "{said:?}");
+    }
+}

@@ -222,3 +222,154 @@ fn memory_stays_bounded_with_much_data_and_little_memory() {
         assert_eq!(same.out(), "Images are identical.\n");
     }
 }
+
+/// The header of a qcow2 image of version 3: log2 of the cluster size, size, L1 entries and where they stand, where the
+/// refcount table stands, autoclear bits.
+fn qcow2_header(cluster_bits: u32, size: u64, l1: (u32, u64), refcounts: u64, autoclear: u64) -> Vec<u8> {
+    let mut header = b"QFI\xfb\0\0\0\x03".to_vec();
+    header.extend([0; 12]);
+    header.extend(cluster_bits.to_be_bytes());
+    header.extend(size.to_be_bytes());
+    header.extend([0; 4]);
+    header.extend(l1.0.to_be_bytes());
+    header.extend(l1.1.to_be_bytes());
+    header.extend(refcounts.to_be_bytes());
+    header.extend(1u32.to_be_bytes());
+    header.extend([0; 28]);
+    header.extend(autoclear.to_be_bytes());
+    header.extend(4u32.to_be_bytes());
+    header.extend(104u32.to_be_bytes());
+    header
+}
+
+/// A disk in which every other cluster of 512 bytes is damaged: `tables` L1 entries that all name one L2 table.
+fn damaged_everywhere(path: &Path, tables: u32) -> u64 {
+    let l2 = 4096 + u64::from(tables) * 8;
+    let file = File::create(path).unwrap();
+    let size = u64::from(tables) * 32_768;
+    file.write_all_at(&qcow2_header(9, size, (tables, 4096), 512, 0), 0).unwrap();
+    file.write_all_at(&1024u64.to_be_bytes(), 512).unwrap();
+    file.write_all_at(&(l2 | 1 << 63).to_be_bytes().repeat(tables as usize), 4096).unwrap();
+    let pair = [1u64.to_be_bytes(), (1u64 << 50).to_be_bytes()].concat();
+    file.write_all_at(&pair.repeat(32), l2).unwrap();
+    size
+}
+
+#[test]
+fn damage_everywhere_takes_little_memory() {
+    let dir = scratch();
+    let [image, out] = ["d.qcow2", "d.raw"].map(|name| dir.path().join(name));
+    let salvage = |source: &Path| {
+        let args = args!["convert", "--json", "--memory", "16M", "--salvage", "-O", "raw", source, &out];
+        let done = diskmill().cmd(args).limit(Duration::from_secs(60)).fails(3);
+        assert!(done.peak_rss < READERS_MEMORY, "{} MiB of memory", done.peak_rss >> 20);
+        done.json()
+    };
+    let size = damaged_everywhere(&image, 1 << 14);
+    let json = salvage(&image);
+    let listed = json["bad-ranges"].as_array().unwrap();
+    let number = |value: &serde_json::Value| value.as_u64().unwrap();
+    let in_list: u64 = listed.iter().map(|range| number(&range["length"])).sum();
+    assert_eq!(in_list + number(&json["more-bad-bytes"]), size / 2, "all of it is counted");
+    assert_eq!(listed.len() as u64 + number(&json["more-bad-ranges"]), size / 1024);
+    assert!(listed.len() < 50_000);
+
+    // The same in qemu-img's words, and where an image that holds something is written into.
+    let size = damaged_everywhere(&image, 1 << 9);
+    let used = dir.path().join("used.qcow2");
+    std::fs::write(dir.path().join("full.raw"), vec![7; size as usize]).unwrap();
+    diskmill().cmd(args!["convert", "-O", "qcow2", dir.path().join("full.raw"), &used]).ok();
+    let args = args!["convert", "--json", "--salvage", "-n", "-O", "qcow2", &image, &used];
+    let json = diskmill().cmd(args).fails(3).json();
+    let lost =
+        json["bad-ranges"].as_array().unwrap().iter().map(|range| number(&range["length"])).sum::<u64>();
+    assert_eq!(lost + number(&json["more-bad-bytes"]), size / 2);
+    let said =
+        diskmill().cmd(args!["qemu-img", "convert", "--salvage", "-O", "raw", &image, &out]).ok().err();
+    assert!(said.lines().count() < 11_000 && said.contains("more places"), "{}", said.lines().count());
+}
+
+/// Bitmaps of 512 MiB each, whose table entries all are `entry`.
+fn large_bitmaps(path: &Path, count: u32, entry: u64) {
+    const TABLE: u64 = 16 << 20;
+    let mut directory = Vec::new();
+    for index in 0..count {
+        directory.extend(TABLE.to_be_bytes());
+        directory.extend(8192u32.to_be_bytes());
+        directory.extend([0, 0, 0, 0, 1, 16, 0, 2, 0, 0, 0, 0, b'b', b'0' + index as u8, 0, 0, 0, 0, 0, 0]);
+    }
+    let file = File::create(path).unwrap();
+    let mut header = qcow2_header(16, 1 << 48, (1 << 19, 1 << 21), 65_536, 1);
+    header.extend(0x2385_2875_0000_0018u64.to_be_bytes());
+    header.extend(count.to_be_bytes());
+    header.extend([0; 4]);
+    header.extend((directory.len() as u64).to_be_bytes());
+    header.extend((6u64 << 20).to_be_bytes());
+    header.extend([0; 8]);
+    file.write_all_at(&header, 0).unwrap();
+    file.write_all_at(&(128u64 << 10).to_be_bytes(), 65_536).unwrap();
+    file.write_all_at(&directory, 6 << 20).unwrap();
+    file.write_all_at(&entry.to_be_bytes().repeat(8192), TABLE).unwrap();
+    file.write_all_at(&[0x55; 65_536], TABLE + 65_536).unwrap();
+    file.set_len(17 << 20).unwrap();
+}
+
+#[test]
+fn bitmaps_that_are_carried_over_take_little() {
+    let dir = scratch();
+    let [image, out] = ["b.qcow2", "out.qcow2"].map(|name| dir.path().join(name));
+    let carry =
+        || diskmill().cmd(args!["convert", "--memory", "64M", "--bitmaps", "-O", "qcow2", &image, &out]);
+    // Bits that are all set.
+    large_bitmaps(&image, 6, 1);
+    within(carry(), 60, MEMORY / 4);
+    assert!(std::fs::metadata(&out).unwrap().blocks() * 512 < 8 << 20);
+    let info = diskmill().cmd(args!["info", "--json", &out]).ok().json();
+    assert_eq!(info["format-specific"]["data"]["bitmaps"].as_array().unwrap().len(), 6);
+    diskmill().cmd(args!["check", &out]).ok();
+    // One cluster of bits that stands for all of them.
+    large_bitmaps(&image, 6, (16 << 20) + 65_536);
+    carry().fails(1).says(&["the bitmaps take more than 2147483648 bytes together"]);
+}
+
+/// A sparse VMDK with grains of 64 MiB, packed, of zeros.
+fn large_grains(path: &Path, grains: u64) {
+    const GRAIN: u64 = 64 << 20;
+    let mut header = b"KDMV".to_vec();
+    header.extend(3u32.to_le_bytes());
+    header.extend(0x3_0001u32.to_le_bytes());
+    for field in [grains * GRAIN / 512, GRAIN / 512, 0, 0] {
+        header.extend(field.to_le_bytes());
+    }
+    header.extend(512u32.to_le_bytes());
+    for field in [0u64, 1, 128] {
+        header.extend(field.to_le_bytes());
+    }
+    header.extend(b"\0\n \r\n\x01\0");
+    let mut payload = vec![0x78, 0x9c];
+    payload.extend(diskmill_testkit::qcow2::payload::deflate_run(0, GRAIN as usize));
+    payload.extend((((GRAIN % 65_521) << 16 | 1) as u32).to_be_bytes());
+    let file = File::create(path).unwrap();
+    file.write_all_at(&header, 0).unwrap();
+    file.write_all_at(&2u32.to_le_bytes(), 512).unwrap();
+    let room = (payload.len() as u64 + 12).next_multiple_of(512);
+    for index in 0..grains {
+        let at = 65_536 + index * room;
+        file.write_all_at(&((at / 512) as u32).to_le_bytes(), 1024 + index * 4).unwrap();
+        let marker =
+            [&(index * GRAIN / 512).to_le_bytes()[..], &(payload.len() as u32).to_le_bytes()].concat();
+        file.write_all_at(&[marker, payload.clone()].concat(), at).unwrap();
+    }
+    file.set_len(65_536 + grains * room).unwrap();
+}
+
+#[test]
+fn threads_that_compare_large_units_are_few() {
+    let dir = scratch();
+    let [one, other] = ["a.vmdk", "b.vmdk"].map(|name| dir.path().join(name));
+    large_grains(&one, 3);
+    large_grains(&other, 3);
+    let compare = diskmill().cmd(args!["compare", "--threads", "16", &one, &other]);
+    let said = within(compare, 60, MEMORY).out();
+    assert!(said.contains("identical"), "{said}");
+}

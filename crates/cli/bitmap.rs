@@ -129,7 +129,7 @@ fn change(args: &BitmapArgs, bitmap: &str, options: &OpenOptions) -> Result<(), 
 
 /// Guest bytes that are marked; `None` for a bitmap that was not saved or is damaged.
 fn marked(image: &Image, bitmap: &Bitmap) -> Option<u64> {
-    let bits = image.dirty_bits(&String::from_utf8_lossy(&bitmap.name)).ok()?;
+    let bits = image.dirty_bits_of(bitmap).ok()?;
     Some(bits.ranges().map(|range| range.end - range.start).sum())
 }
 

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use diskmill::convert::{
-    BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output, RawOptions, Reflink,
-    Summary, TargetFormat,
+    BadRange, BadRanges, CarryBitmaps, Compression, ConvertOptions, Input, Monitor, Output, RawOptions,
+    Reflink, Summary, TargetFormat,
 };
 use diskmill::vmdk::VmdkStream;
 use diskmill::{Error, Format, Image, Kind, Limits, OpenOptions, PipeReader, PipeWriter};
@@ -21,7 +21,7 @@ use crate::say;
 use crate::signals::Watch;
 use crate::verify::verify;
 
-/// Bad ranges that are listed on standard error; all of them stand in the JSON result.
+/// Bad ranges that are listed on standard error; all that the library keeps stand in the JSON result.
 const LISTED_RANGES: usize = 20;
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Exit, Failure> {
@@ -240,21 +240,23 @@ fn interrupted(signal: i32, args: &ConvertArgs, target: &Path) -> Failure {
     Failure::signal(signal, format!("interrupted; {state}"))
 }
 
-fn list_bad_ranges(ranges: &[BadRange]) {
-    for BadRange { start, len, reason } in ranges.iter().take(LISTED_RANGES) {
+fn list_bad_ranges(ranges: &BadRanges) {
+    for BadRange { start, len, reason } in ranges.listed.iter().take(LISTED_RANGES) {
         eprintln!("diskmill: filled with zeros: {len} bytes at {start}: {reason}");
     }
-    let more = ranges.len().saturating_sub(LISTED_RANGES);
-    if more > 0 {
-        eprintln!("diskmill: and {more} more ranges (--json lists all)");
+    let listed = ranges.listed.len();
+    let more = ranges.more.saturating_add(listed.saturating_sub(LISTED_RANGES) as u64);
+    match ranges.more {
+        0 if more == 0 => {}
+        0 => eprintln!("diskmill: and {more} more ranges (--json lists all)"),
+        _ => eprintln!("diskmill: and {more} more ranges (--json lists the first {listed})"),
     }
-    let bytes: u64 = ranges.iter().fold(0, |sum, range| sum.saturating_add(range.len));
-    eprintln!("diskmill: {bytes} bytes of the source could not be read");
+    eprintln!("diskmill: {} bytes of the source could not be read", ranges.bytes());
 }
 
 /// The result for programs.
 fn report(summary: &Summary, sources: &[PathBuf], target: &Path) -> serde_json::Value {
-    let bad: Vec<_> = summary.bad_ranges.iter().map(bad_range).collect();
+    let bad: Vec<_> = summary.bad_ranges.listed.iter().map(bad_range).collect();
     json!({
         "source": sources.iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
         "target": target.to_string_lossy(),
@@ -271,6 +273,8 @@ fn report(summary: &Summary, sources: &[PathBuf], target: &Path) -> serde_json::
         "threads": summary.threads,
         "seconds": summary.seconds,
         "bad-ranges": bad,
+        "more-bad-ranges": summary.bad_ranges.more,
+        "more-bad-bytes": summary.bad_ranges.more_bytes,
     })
 }
 

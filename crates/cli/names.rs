@@ -1,9 +1,9 @@
 //! How names are shown.
 
-use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub(crate) use diskmill::escaped as shown;
 use diskmill::{FileId, FormatInfo, Image};
 
 /// What names of images end in whose formats are not written here.
@@ -19,15 +19,6 @@ pub(crate) fn telling_ending(file: &Path) -> Option<String> {
 /// Whether the ending of a name tells of a format that is not written here.
 pub(crate) fn is_foreign(ending: &str) -> bool {
     FOREIGN.contains(&ending)
-}
-
-/// `text` with control characters escaped: a name in an image must not drive the terminal.
-pub(crate) fn shown(text: &str) -> Cow<'_, str> {
-    if !text.contains(char::is_control) {
-        return Cow::Borrowed(text);
-    }
-    let escape = |char: char| if char.is_control() { char.escape_default().to_string() } else { char.into() };
-    text.chars().map(escape).collect::<String>().into()
 }
 
 /// The name of `file` as an image named `image` means it: relative names start in the image's folder. Like qemu-img,
@@ -86,12 +77,6 @@ impl FileNames {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn control_characters_are_escaped_and_nothing_else() {
-        assert_eq!(shown("a b\\ü\u{1f600}"), "a b\\ü\u{1f600}");
-        assert_eq!(shown("a\u{1b}[31m\n\u{9b}"), "a\\u{1b}[31m\\n\\u{9b}");
-    }
 
     #[test]
     fn relative_names_start_at_the_image() {

@@ -5,7 +5,7 @@ use std::io::{Write, stdout};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use diskmill::convert::{BadRange, CarryBitmaps, Compression, ConvertOptions, Input, Output};
+use diskmill::convert::{BadRange, BadRanges, CarryBitmaps, Compression, ConvertOptions, Input, Output};
 use diskmill::{Allow, Kind, OpenOptions, OpenPolicy};
 
 use super::drivers::Driver;
@@ -17,6 +17,7 @@ use super::size::{number, size};
 use super::target::target_format;
 use super::{Fail, Outcome, cache_mode, messages, report, watched};
 use crate::args::{CacheMode, snapshot_ref};
+use crate::names::shown;
 use crate::options::asks_for_help;
 
 /// The largest `-S`.
@@ -153,10 +154,14 @@ impl Request {
         })?;
         let summary = result.map_err(|error| failure(&error, &nodes, target, &path, &options))?;
         if !quiet {
-            summary.bad_ranges.iter().for_each(warn);
+            summary.bad_ranges.listed.iter().for_each(warn);
+            let BadRanges { more, more_bytes, .. } = summary.bad_ranges;
+            if more > 0 {
+                report(&format!("warning: error while reading {more_bytes} bytes in {more} more places"));
+            }
         }
         for name in &summary.skipped_bitmaps {
-            report(&format!("warning: Skipping inconsistent bitmap '{name}'"));
+            report(&format!("warning: Skipping inconsistent bitmap '{}'", shown(name)));
         }
         Ok(0)
     }

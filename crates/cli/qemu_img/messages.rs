@@ -5,6 +5,8 @@ use std::path::Path;
 
 use diskmill::{Error, Format, Kind, without_os_codes};
 
+use crate::names::shown;
+
 /// What the system says, without Rust's number behind it.
 pub(super) fn system(error: &io::Error) -> String {
     without_os_codes(&error.to_string())
@@ -22,6 +24,8 @@ pub(super) fn cannot_open(error: &Error, path: &Path, format: Option<Format>) ->
 
 fn reason(error: &Error, path: &Path, format: Option<Format>) -> String {
     let name = path.to_string_lossy();
+    // An image may have named it.
+    let name = shown(&name);
     match (error.kind(), error.os_error()) {
         (Kind::Io, Some(cause)) if path.is_dir() => {
             let _ = cause;

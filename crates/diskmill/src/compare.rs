@@ -13,13 +13,17 @@ use crate::reader::Reader;
 /// Bytes that are read of each image at once.
 const STEP: u64 = 1 << 20;
 
+/// Bytes that all threads together keep at most.
+const MEMORY: u64 = 256 << 20;
+
 /// How to compare.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CompareOptions {
     /// Sizes must be equal too, and in each place both images must hold the same: nothing, zeros, plain or compressed
     /// data, with or without a place in a file (as `qemu-img compare -s`).
     pub strict: bool,
-    /// Threads; `None`: one for each CPU that this process may use.
+    /// Threads; `None`: one for each CPU that this process may use. Fewer are started where packed units are so large
+    /// that all of them would take more than 256 MiB.
     pub threads: Option<usize>,
 }
 
@@ -68,10 +72,11 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         first: AtomicU64::new(u64::MAX),
         monitor,
     };
+    let most = most_threads([a.packed_unit(), b.packed_unit()]);
     std::thread::scope(|scope| {
         let shared = &shared;
         let helpers = move || {
-            for _ in 1..options.threads.unwrap_or_else(diskmill_io::cpus) {
+            for _ in 1..options.threads.unwrap_or_else(diskmill_io::cpus).min(most) {
                 // With fewer threads than planned the work gets done all the same.
                 if std::thread::Builder::new().spawn_scoped(scope, || shared.work(a, b, None)).is_err() {
                     break;
@@ -89,6 +94,14 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         _ if first < u64::MAX => Ok(Comparison::ContentDiffers { at: first }),
         _ => Ok(Comparison::Identical { sizes_differ: a.size() != b.size() }),
     }
+}
+
+/// How many threads may compare images with packed units of so many bytes. Each of them keeps, of each image, the bytes
+/// that are compared, a unit, and its payload, which may be twice as long.
+fn most_threads(units: [u64; 2]) -> usize {
+    let each =
+        units.iter().fold(0u64, |sum, unit| sum.saturating_add(unit.saturating_mul(3)).saturating_add(STEP));
+    usize::try_from(MEMORY / each.max(1)).unwrap_or(usize::MAX).max(1)
 }
 
 struct Shared<'a> {
@@ -228,4 +241,19 @@ fn difference(step: &Step, readers: &mut [Reader<'_>; 2], bufs: &mut [Vec<u8>; 2
     }
     let differs = one.iter().zip(other).position(|(one, other)| one != other);
     Ok(differs.map(|at| step.guest.start + at as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_units_have_few_threads() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(most_threads([64 * MIB, 0]), 1);
+        assert_eq!(most_threads([64 * MIB, 64 * MIB]), 1);
+        assert_eq!(most_threads([2 * MIB, 0]), 32);
+        assert!(most_threads([64 << 10, 64 << 10]) > 64);
+        assert_eq!(most_threads([u64::MAX, u64::MAX]), 1);
+    }
 }

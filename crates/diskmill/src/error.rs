@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -57,7 +58,7 @@ impl Error {
             path: None,
             structure: None,
             offset: None,
-            message: message.into(),
+            message: shown(message),
             hint: None,
             source: None,
         }))
@@ -87,7 +88,7 @@ impl Error {
         message: impl Into<String>,
     ) -> Self {
         let mut error = Self::new(Kind::Corrupt, message);
-        error.0.structure = Some(structure.into());
+        error.0.structure = Some(shown(structure));
         error.0.offset = offset;
         error
     }
@@ -106,13 +107,13 @@ impl Error {
     /// What to do about it. Commands stand there without the program's name: it has two.
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.0.hint.get_or_insert_with(|| hint.into());
+        self.0.hint.get_or_insert_with(|| shown(hint));
         self
     }
 
     #[must_use]
     pub(crate) fn within(mut self, structure: impl Into<String>, offset: u64) -> Self {
-        self.0.structure.get_or_insert_with(|| structure.into());
+        self.0.structure.get_or_insert_with(|| shown(structure));
         self.0.offset.get_or_insert(offset);
         self
     }
@@ -173,7 +174,7 @@ impl From<FormatError> for Error {
             _ => error.message,
         };
         let mut converted = Self::new(kind, message);
-        converted.0.structure = Some(error.structure);
+        converted.0.structure = Some(shown(error.structure));
         converted.0.offset = error.offset;
         converted
     }
@@ -195,7 +196,7 @@ impl fmt::Display for Error {
         }
         f.write_str(message)?;
         if let Some(source) = source {
-            write!(f, ": {}", without_os_codes(&source.to_string()))?;
+            write!(f, ": {}", escaped(&without_os_codes(&source.to_string())))?;
         }
         if let Some(hint) = hint {
             write!(f, " ({hint})")?;
@@ -207,6 +208,25 @@ impl fmt::Display for Error {
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+/// `text` with control characters escaped: a name in an image must not drive the terminal or forge lines.
+#[must_use]
+pub fn escaped(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |char: char| if char.is_control() { char.escape_default().to_string() } else { char.into() };
+    text.chars().map(escape).collect::<String>().into()
+}
+
+/// A part of an error as it is kept: messages quote names from images, and have no control characters of their own.
+fn shown(text: impl Into<String>) -> String {
+    let text = text.into();
+    match escaped(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(escaped) => escaped,
     }
 }
 
@@ -231,6 +251,27 @@ impl std::error::Error for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn control_characters_are_escaped_and_nothing_else() {
+        assert_eq!(escaped("a b\\ü\u{1f600}"), "a b\\ü\u{1f600}");
+        assert_eq!(escaped("a\u{1b}[31m\n\u{9b}"), "a\\u{1b}[31m\\n\\u{9b}");
+    }
+
+    #[test]
+    fn no_part_of_an_error_has_control_characters() {
+        const EVIL: &str = "\u{1b}[31m\r\n\u{9b}2Jx";
+        let of_format = FormatError::corrupt(EVIL, EVIL);
+        for error in [
+            Error::corrupt(EVIL, None, EVIL).hint(EVIL),
+            Error::new(Kind::Invalid, EVIL).within(EVIL, 7),
+            Error::io(EVIL, io::Error::other(EVIL)).of(Path::new(EVIL)),
+            of_format.into(),
+        ] {
+            assert!(!error.to_string().contains(char::is_control), "{error}");
+            assert!(!error.message().contains(char::is_control));
+        }
+    }
 
     #[test]
     fn messages_have_the_systems_words_without_its_numbers() {

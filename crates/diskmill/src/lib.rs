@@ -186,7 +186,7 @@ pub use diskmill_io::{
     Allocation, EngineChoice, EnginePlan, FileStorage, MemoryStorage, OpenHow, PipeReader, PipeWriter,
     SharedStorage, Storage, inherit_nothing, is_ignored, reflinks_in, unlink_all_pending,
 };
-pub use error::{Error, Kind, without_os_codes};
+pub use error::{Error, Kind, escaped, without_os_codes};
 pub use image::{Image, ImageFile, OpenOptions, SnapshotRef};
 pub use layout::{Extent, FileId, FormatInfo, ImageInfo, LayerExtent, LayerSource, Layout, MapError, Source};
 pub use policy::{Allow, OpenPolicy};

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskmill::check::{CheckOptions, check_storage};
+use diskmill::convert::{CarryBitmaps, ConvertOptions, Monitor, TargetFormat, convert};
+use diskmill::create::{CreateOptions, create};
 use diskmill::edit::ZeroHow;
 use diskmill::{Image, OpenOptions};
 use diskmill_io::{FaultyStorage, MemoryStorage, SharedStorage, Storage};
@@ -283,4 +285,91 @@ fn qemu_agrees(q: &Oracle, dir: &Path, state: &[u8]) {
     std::fs::write(dir.join("state.qcow2"), state).unwrap();
     let check = q.img(["check", "-f", "qcow2", "state.qcow2"]).run();
     assert!(matches!(check.code, Some(0 | 3)), "{check}");
+}
+
+fn empty(path: &Path, cluster_size: &str, size: u64) {
+    let mut format = TargetFormat::named("qcow2").unwrap();
+    format.set("cluster_size", cluster_size).unwrap();
+    create(path, &CreateOptions { format, size, trust_backing: false }).unwrap();
+}
+
+fn carried(image: &Image, path: &Path, cluster_size: &str) -> Image {
+    let mut format = TargetFormat::named("qcow2").unwrap();
+    format.set("cluster_size", cluster_size).unwrap();
+    let options = ConvertOptions { format, bitmaps: CarryBitmaps::All, ..ConvertOptions::default() };
+    convert(std::slice::from_ref(image), path.into(), &options, &Monitor::new()).unwrap();
+    Image::open(path, &OpenOptions::default()).unwrap()
+}
+
+fn marks(image: &Image) -> Vec<(Vec<u8>, Vec<Range<u64>>)> {
+    let of = |bitmap: diskmill::qcow2::Bitmap| {
+        let ranges = image.dirty_bits_of(&bitmap).unwrap().ranges().collect();
+        (bitmap.name, ranges)
+    };
+    image.bitmaps().unwrap().into_iter().map(of).collect()
+}
+
+#[test]
+fn names_that_are_no_text_are_carried_over() {
+    let dir = scratch();
+    let path = dir.path().join("a.qcow2");
+    empty(&path, "65536", SIZE);
+    let names = ["a<a", "a>a", "a\u{fffd}a"];
+    for (name, at) in names.into_iter().zip([0, 1 << 20, 2 << 20]) {
+        let mut image = Image::open(&path, &writable()).unwrap();
+        image.add_bitmap(name, None, true).unwrap();
+        image.write_at(&[1; 512], at).unwrap();
+        image.enable_bitmap(name, false).unwrap();
+        image.close().unwrap();
+    }
+    let mut bytes = std::fs::read(&path).unwrap();
+    for (name, raw) in [(b"a<a", b"a\xfea"), (b"a>a", b"a\xffa")] {
+        let at = bytes.windows(3).position(|at| at == name).unwrap();
+        bytes[at..at + 3].copy_from_slice(raw);
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let image = Image::open(&path, &OpenOptions::default()).unwrap();
+    let there = marks(&image);
+    assert_eq!(there.iter().map(|(_, ranges)| ranges[0].start).collect::<Vec<_>>(), [0, 1 << 20, 2 << 20]);
+    assert_eq!(marks(&carried(&image, &dir.path().join("b.qcow2"), "65536")), there);
+}
+
+/// Between clusters of any size, with ends of the disk that cut a byte of the bits, and bits that are all set.
+#[test]
+fn bits_are_carried_over_whatever_the_cluster_sizes() {
+    let dir = scratch();
+    let qemu = Oracle::find(dir.path());
+    let size = (4 << 20) + 9 * 512;
+    let path = dir.path().join("a.qcow2");
+    for from in ["512", "4096", "65536"] {
+        empty(&path, from, size);
+        let mut image = Image::open(&path, &writable()).unwrap();
+        for name in ["ones", "few", "most"] {
+            image.add_bitmap(name, Some(512), name == "ones").unwrap();
+        }
+        image.write_zeroes(0, size, ZeroHow::MayUnmap).unwrap();
+        image.enable_bitmap("ones", false).unwrap();
+        image.enable_bitmap("few", true).unwrap();
+        image.write_at(&[1; 512], 3 << 20).unwrap();
+        image.enable_bitmap("few", false).unwrap();
+        image.enable_bitmap("most", true).unwrap();
+        image.write_zeroes(512, size - 512, ZeroHow::MayUnmap).unwrap();
+        image.close().unwrap();
+        let image = Image::open(&path, &OpenOptions::default()).unwrap();
+        let there = marks(&image);
+        assert_eq!(there[0].1, vec![0..size; 1]);
+        assert_eq!(there[2].1, vec![512..size; 1]);
+        for to in ["512", "4096", "2M"] {
+            let target = dir.path().join("b.qcow2");
+            assert_eq!(marks(&carried(&image, &target, to)), there, "{from} to {to}");
+            let Some(q) = &qemu else { continue };
+            q.check_clean("b.qcow2");
+            // QEMU reads and writes them as it closes the image.
+            q.img(["bitmap", "--add", "b.qcow2", "new", "-g", "512"]).ok();
+            q.img(["bitmap", "--merge", "ones", "b.qcow2", "new"]).ok();
+            let merged = marks(&Image::open(&target, &OpenOptions::default()).unwrap());
+            assert_eq!(merged[..3], there[..]);
+            assert_eq!(merged[3].1, vec![0..size; 1]);
+        }
+    }
 }

@@ -133,8 +133,45 @@ fn archives_are_told_by_their_first_file_or_their_name() {
     let readme = member("README", b"hello");
     assert_eq!(format("a.tar", &[readme.clone(), ovf.clone(), disk.clone()]), Format::Raw);
     assert_eq!(format("a.OVA", &[readme, ovf, disk]), Format::Vmdk);
-    std::fs::write(dir.path().join("raw.ova"), [9; 4096]).unwrap();
-    assert_eq!(open(&dir.path().join("raw.ova"), None).unwrap().info().format, Format::Raw);
+}
+
+#[test]
+fn what_is_called_an_ova_is_raw_only_if_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.ova");
+    archive(&path, &[member("a.ovf", &envelope(&[("d.vmdk", "")])), member("d.vmdk", &vmdk(dir.path(), 9))]);
+    let whole = std::fs::read(&path).unwrap();
+    for at in [0, 124, 150, 257] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 4;
+        std::fs::write(&path, damaged).unwrap();
+        let error = open(&path, None).err().unwrap().to_string();
+        assert!(error.contains("tar header: the checksum") && error.contains("-f raw"), "{at}: {error}");
+        let named = OpenOptions { format: Some(Format::Raw), ..options(None) };
+        assert_eq!(Image::open(&path, &named).unwrap().info().format, Format::Raw);
+    }
+    std::fs::write(&path, b"").unwrap();
+    open(&path, None).err().unwrap();
+}
+
+#[test]
+fn names_in_an_archive_do_not_drive_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.ova");
+    let evil = "\u{1b}[31m\u{9b}2J\u{85}";
+    let named = envelope(&[(evil, ""), ("x", "")]);
+    let long = format!("<Envelope>&{evil}{};</Envelope>", "x".repeat(100_000));
+    let envelopes = [
+        named,
+        long.into_bytes(),
+        format!("<Envelope><a></{evil}></Envelope>").into_bytes(),
+        format!("<Envelope><References><File href=\"a\" {evil}/></References></Envelope>").into_bytes(),
+    ];
+    for text in envelopes {
+        archive(&path, &[member("a.ovf", &text), member("d.vmdk", &vmdk(dir.path(), 9))]);
+        let error = open(&path, Some("7")).err().unwrap().to_string();
+        assert!(!error.contains(char::is_control) && error.len() < 4096, "{error}");
+    }
 }
 
 #[test]

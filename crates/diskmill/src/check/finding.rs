@@ -1,5 +1,7 @@
 use std::fmt;
 
+use crate::error::escaped;
+
 /// Something that a check found in a qcow2 image or VMDK. Offsets and entries are as they stand in the file.
 ///
 /// [`Display`](fmt::Display) gives the words of `qemu-img check`, which people and scripts know.
@@ -169,6 +171,13 @@ pub enum Finding {
         /// The entry.
         entry: u64,
     },
+    /// Two bitmaps have one name.
+    BitmapTwice {
+        /// The name.
+        bitmap: String,
+    },
+    /// The header says of an external data file that it is a raw image, and there is no such file.
+    RawWithoutDataFile,
     /// The limit on what contradicts the format was reached: the rest of these structures was not followed.
     NotFollowed {
         /// What is not followed.
@@ -256,11 +265,15 @@ impl fmt::Display for Finding {
             }
             Self::SnapshotL1Misaligned { id, name, offset } => write!(
                 f,
-                "snapshot {id} ({name}) l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+                "snapshot {} ({}) l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted",
+                escaped(id),
+                escaped(name)
             ),
             Self::SnapshotL1TooLarge { id, name, entries } => write!(
                 f,
-                "snapshot {id} ({name}) l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
+                "snapshot {} ({}) l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted",
+                escaped(id),
+                escaped(name)
             ),
             Self::SnapshotIncomplete { index } => write!(f, "snapshot table entry {index} is incomplete"),
             Self::SnapshotExtra { index, bytes } => {
@@ -277,6 +290,10 @@ impl fmt::Display for Finding {
             }
             Self::BitmapEntry { bitmap, entry } => {
                 write!(f, "bitmap {bitmap:?}: table entry {entry:#x} is invalid")
+            }
+            Self::BitmapTwice { bitmap } => write!(f, "bitmap {bitmap:?}: another one has the same name"),
+            Self::RawWithoutDataFile => {
+                f.write_str("autoclear bit 1 (data-file-raw) is set without an external data file")
             }
             Self::NotFollowed { what } => write!(f, "too many {what}: the rest is not followed"),
             Self::Unmappable { guest, len, reason } => {

@@ -4,13 +4,12 @@ use std::sync::{Mutex, PoisonError};
 
 use diskmill_codec::runs;
 
-use super::{BadRange, ConvertOptions, Monitor, SALVAGE_STEP};
-use crate::edit::{DirtyBits, ZeroHow};
+use super::{BadList, ConvertOptions, Monitor, SALVAGE_STEP};
+use crate::edit::{BitmapCopy, ZeroHow};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{MapError, Source};
 use crate::parallel::in_parallel;
-use crate::qcow2::Bitmap;
 
 /// Guest bytes that are read and written at once.
 const STEP: u64 = 2 << 20;
@@ -25,11 +24,11 @@ const ZERO_STEP: u64 = 1 << 30;
 pub(super) fn fill(
     sources: &[Image],
     mut target: Image,
-    bitmaps: &[(Bitmap, DirtyBits)],
+    bitmaps: &[BitmapCopy],
     options: &ConvertOptions,
     threads: usize,
     monitor: &Monitor,
-) -> Result<Vec<BadRange>> {
+) -> Result<BadList> {
     let bad = Mutex::default();
     let done = pour(&Pour { target: &target, options, monitor, bad: &bad }, sources, threads);
     let done = done.and_then(|()| target.copy_bitmaps(bitmaps));
@@ -57,7 +56,7 @@ struct Pour<'a> {
     target: &'a Image,
     options: &'a ConvertOptions,
     monitor: &'a Monitor,
-    bad: &'a Mutex<Vec<BadRange>>,
+    bad: &'a Mutex<BadList>,
 }
 
 /// How far the sources are handed out.
@@ -98,8 +97,9 @@ impl<'a> Walk<'a> {
         let (end, zero) = match source.map(at, source.size() - at) {
             Ok(extent) => (extent.guest.end, extent.source == Source::Zero && options.granule() != 0),
             Err(MapError { error, len }) if options.salvage => {
-                let len = len.min(source.size() - at);
-                pour.bad(BadRange { start: to, len, reason: error.to_string() });
+                // As long as the step, so that the next one does not tell of it again.
+                let len = len.min(source.size() - at).min(ZERO_STEP);
+                pour.bad(to, len, &error);
                 (at + len, true)
             }
             Err(MapError { error, .. }) => return Err(error),
@@ -113,8 +113,9 @@ impl<'a> Walk<'a> {
 }
 
 impl Pour<'_> {
-    fn bad(&self, range: BadRange) {
-        range.add_to(&mut self.bad.lock().unwrap_or_else(PoisonError::into_inner));
+    fn bad(&self, start: u64, len: u64, error: &Error) {
+        let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        bad.add(start, len, || error.to_string());
     }
 
     fn step(&self, step: &Step<'_>, buf: &mut Vec<u8>) -> Result<()> {
@@ -157,8 +158,7 @@ impl Pour<'_> {
             let skip = (index * SALVAGE_STEP) as u64;
             if let Err(error) = reader.read_at(part, step.at + skip) {
                 part.fill(0);
-                let (start, len) = (step.to + skip, part.len() as u64);
-                self.bad(BadRange { start, len, reason: error.to_string() });
+                self.bad(step.to + skip, part.len() as u64, &error);
             }
         }
         Ok(())

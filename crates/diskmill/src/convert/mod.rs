@@ -6,6 +6,7 @@
 //! its name.
 
 mod assembler;
+mod bad;
 mod bitmaps;
 mod buffers;
 mod existing;
@@ -28,6 +29,7 @@ use diskmill_codec::Codec;
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
 pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
+pub use bad::{BadRange, BadRanges};
 pub use bitmaps::CarryBitmaps;
 pub use monitor::Monitor;
 pub use options::{Compression, ConvertOptions, RawOptions, Reflink, TargetFormat};
@@ -36,6 +38,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{Extent, Source};
 use crate::vmdk::VmdkStream;
+use bad::BadList;
 use bitmaps::Carried;
 use buffers::Buffers;
 use existing::Existing;
@@ -82,18 +85,6 @@ impl<P: Into<PathBuf>> From<P> for Output {
     }
 }
 
-/// A range of the guest's disk that could not be read and was filled with zeros (with
-/// [`ConvertOptions::salvage`]).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadRange {
-    /// First byte.
-    pub start: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Why.
-    pub reason: String,
-}
-
 /// What a conversion did.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -123,8 +114,8 @@ pub struct Summary {
     pub threads: usize,
     /// Seconds of wall clock.
     pub seconds: f64,
-    /// What could not be read, in guest order. Empty unless salvaging.
-    pub bad_ranges: Vec<BadRange>,
+    /// What could not be read. Empty unless salvaging.
+    pub bad_ranges: BadRanges,
     /// Names of the source's bitmaps that were left out because they were not saved.
     pub skipped_bitmaps: Vec<String>,
 }
@@ -345,7 +336,7 @@ fn fill_holding(
         engine_reason: "an existing image is written cluster by cluster".to_owned(),
         threads,
         seconds: started.elapsed().as_secs_f64(),
-        bad_ranges: merged(bad),
+        bad_ranges: bad.into(),
         skipped_bitmaps: carried.skipped,
         ..Summary::of_bytes(monitor)
     })
@@ -367,27 +358,9 @@ impl Summary {
     }
 }
 
-impl BadRange {
-    /// Adds it to the list, or makes the last range longer if it touches that.
-    fn add_to(self, ranges: &mut Vec<Self>) {
-        if let Some(last) = ranges.last_mut()
-            && (last.start..=last.start + last.len).contains(&self.start)
-        {
-            last.len = last.len.max(self.start + self.len - last.start);
-            return;
-        }
-        ranges.push(self);
-    }
-}
-
-/// The ranges in order, those that touch or overlap joined (under the reason of the first).
-fn merged(mut ranges: Vec<BadRange>) -> Vec<BadRange> {
-    ranges.sort_by_key(|range| range.start);
-    let mut joined = Vec::new();
-    for range in ranges {
-        range.add_to(&mut joined);
-    }
-    joined
+/// What could not be mapped and what could not be read: no byte is told twice.
+fn merged((unmapped, unread): (BadList, BadList)) -> BadRanges {
+    unmapped.join(unread).into()
 }
 
 /// Whether a quick look shows that an image is empty.

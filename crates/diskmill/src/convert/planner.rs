@@ -7,7 +7,7 @@ use diskmill_io::{Buf, Piece, PipeReader, SharedStorage};
 
 use super::buffers::Sizes;
 use super::offload::{FileRun, LONGEST, Offload, SHORTEST};
-use super::{Assembler, BadRange, ConvertOptions, Input};
+use super::{Assembler, BadList, ConvertOptions, Input};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::layout::{Extent, MapError, Source};
@@ -159,7 +159,9 @@ struct ImageWalk<'a> {
     whole_units: bool,
     /// The extent that was looked up last.
     last: Option<(usize, Extent)>,
-    bad: Vec<BadRange>,
+    bad: BadList,
+    /// Up to where bad ranges were told: the walk looks ahead and comes back.
+    bad_end: u64,
 }
 
 impl<'a> Planner<'a> {
@@ -201,7 +203,8 @@ impl<'a> Planner<'a> {
                     offload,
                     whole_units: assembler.whole_units(),
                     last: None,
-                    bad: Vec::new(),
+                    bad: BadList::default(),
+                    bad_end: 0,
                 })
             }
         };
@@ -295,11 +298,11 @@ impl<'a> Planner<'a> {
     }
 
     /// Size of the disk, known when the last item has been handed out, and what could not be mapped.
-    pub(super) fn into_result(self) -> (u64, Vec<BadRange>) {
+    pub(super) fn into_result(self) -> (u64, BadList) {
         match self.source {
             SourceWalk::Images(walk) => (walk.total, walk.bad),
-            SourceWalk::Stream { at, .. } => (at, Vec::new()),
-            SourceWalk::Vmdk { stream, .. } => (stream.size(), Vec::new()),
+            SourceWalk::Stream { at, .. } => (at, BadList::default()),
+            SourceWalk::Vmdk { stream, .. } => (stream.size(), BadList::default()),
         }
     }
 }
@@ -388,7 +391,11 @@ impl ImageWalk<'_> {
             }
             Err(MapError { error, len }) if self.salvage => {
                 let end = at.saturating_add(len).min(base + image.size());
-                BadRange { start: at, len: end - at, reason: error.to_string() }.add_to(&mut self.bad);
+                let start = at.max(self.bad_end);
+                if start < end {
+                    self.bad.add(start, end - start, || error.to_string());
+                    self.bad_end = end;
+                }
                 let extent =
                     Extent { guest: at..end, source: Source::Zero, depth: 0, present: true, zero_host: None };
                 Ok((index, extent))

@@ -14,11 +14,11 @@ use super::needed::{Needed, acquire, lock_old, same};
 use super::offload::{FileRun, Offload};
 use super::raw::{RawAssembler, RawZeros};
 use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
-use crate::edit::DirtyBits;
+use crate::edit::BitmapCopy;
 use crate::encrypted::EncryptedStorage;
 use crate::error::{Error, Result};
 use crate::image::{Image, resolve};
-use crate::qcow2::{Bitmap, Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
+use crate::qcow2::{Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::reserve::Reserve;
 
 /// Bytes at the start of a device that are cleared before an image with a header of its own is written to it.
@@ -422,7 +422,7 @@ impl Target {
     }
 
     /// Adds bitmaps to a qcow2 output that is whole otherwise.
-    pub(super) fn add_bitmaps(&self, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+    pub(super) fn add_bitmaps(&self, bitmaps: &[BitmapCopy]) -> Result<()> {
         if bitmaps.is_empty() {
             return Ok(());
         }

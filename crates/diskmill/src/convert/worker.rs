@@ -12,7 +12,7 @@ use super::options::make_packer;
 use super::pack::{JobPacker, Pass};
 use super::placer::{Filled, FilledKind, Placer, WriteSet};
 use super::planner::{Item, Job, PackedPart, Planner, Soon, Work};
-use super::{BadRange, ConvertOptions, Monitor, SALVAGE_STEP};
+use super::{BadList, ConvertOptions, Monitor, SALVAGE_STEP};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::reader::read_exact;
@@ -38,20 +38,21 @@ pub(super) struct Shared<'a> {
     pub(super) monitor: &'a Monitor,
     pub(super) plan: &'a EnginePlan,
     pub(super) depth: usize,
-    pub(super) bad: Mutex<Vec<BadRange>>,
+    pub(super) bad: Mutex<BadList>,
     /// The first failure ends the conversion.
     pub(super) failed: Mutex<Option<Error>>,
 }
 
 impl<'a> Shared<'a> {
-    /// The placer, the disk's size and the bad ranges, or the first failure.
-    pub(super) fn into_result(self) -> Result<(Placer<'a>, u64, Vec<BadRange>)> {
+    /// The placer, the disk's size, and what could not be mapped or read, or the first failure.
+    pub(super) fn into_result(self) -> Result<(Placer<'a>, u64, (BadList, BadList))> {
         if let Some(error) = self.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
-        let (size, mut bad) = self.planner.into_inner().unwrap_or_else(PoisonError::into_inner).into_result();
-        bad.extend(self.bad.into_inner().unwrap_or_else(PoisonError::into_inner));
-        Ok((self.placer, size, bad))
+        let (size, unmapped) =
+            self.planner.into_inner().unwrap_or_else(PoisonError::into_inner).into_result();
+        let unread = self.bad.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok((self.placer, size, (unmapped, unread)))
     }
 
     fn fail(&self, error: Error) {
@@ -331,13 +332,13 @@ impl<'s, 'a> Worker<'s, 'a> {
         if !self.shared.options.salvage {
             return Err(error);
         }
-        self.report(guest, dst, error.to_string());
+        self.report(guest, dst, &error);
         Ok(())
     }
 
-    fn report(&self, guest: &Range<u64>, dst: &Range<usize>, reason: String) {
-        let range = BadRange { start: guest.start + dst.start as u64, len: dst.len() as u64, reason };
-        range.add_to(&mut self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner));
+    fn report(&self, guest: &Range<u64>, dst: &Range<usize>, error: &Error) {
+        let mut bad = self.shared.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        bad.add(guest.start + dst.start as u64, dst.len() as u64, || error.to_string());
     }
 
     /// Reads a piece of plain data again in small steps, so that only what is really lost is given up.
@@ -350,7 +351,7 @@ impl<'s, 'a> Worker<'s, 'a> {
             let Some(part) = area.get_mut(dst.clone()) else { return };
             if let Err(error) = read_exact(&*piece.file, part, host) {
                 part.fill(0);
-                self.report(guest, &dst, self.named(error, piece).to_string());
+                self.report(guest, &dst, &self.named(error, piece));
             }
             at += len;
         }

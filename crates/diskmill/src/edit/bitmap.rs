@@ -2,17 +2,15 @@
 
 use std::ops::Range;
 
-use diskmill_format::qcow2::{BITMAP_GRANULARITY_BITS, MAX_BITMAP_NAME};
+use diskmill_format::qcow2::{BITMAP_GRANULARITY_BITS, Geometry, Header, MAX_BITMAP_NAME};
 use diskmill_format::{HostOffset, Limits};
 use diskmill_io::SharedStorage;
 
 use super::qcow2::check_bitmap;
-#[cfg(doc)]
-use crate::error::Kind;
-use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Image, ImageFile};
 use crate::layout::FormatInfo;
-use crate::qcow2::{Bitmap, Bits, Qcow2Info, read_bitmaps};
+use crate::qcow2::{Bitmap, Bits, Qcow2Info, StoredBits, read_bitmaps};
 
 /// What a bitmap says of the guest's disk.
 #[derive(Debug, Clone)]
@@ -33,17 +31,6 @@ impl DirtyBits {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
-    }
-
-    /// Whether it speaks of a disk of `size` bytes.
-    fn check_size(&self, size: u64) -> Result<()> {
-        if self.size == size {
-            return Ok(());
-        }
-        Err(Error::invalid(format!(
-            "Bitmaps are of different sizes (destination size is {size}, source size is {}) and can't be merged",
-            self.size
-        )))
     }
 
     /// The ranges of guest bytes that are marked, in order; they do not touch.
@@ -76,25 +63,52 @@ impl Image {
     /// [`Kind::Invalid`] if there is none such; [`Kind::Corrupt`] if it is damaged or was not saved;
     /// [`Kind::Limit`], [`Kind::Io`].
     pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
+        let bitmap = self.bitmaps()?.into_iter().find(|bitmap| bitmap.name == name.as_bytes());
+        match bitmap {
+            Some(bitmap) => self.dirty_bits_of(&bitmap),
+            None => self.named(Err(Error::invalid(format!("Dirty bitmap '{name}' not found")))),
+        }
+    }
+
+    /// As [`dirty_bits`](Self::dirty_bits), of one of the [`bitmaps`](Self::bitmaps): names need not be UTF-8.
+    ///
+    /// # Errors
+    /// As [`dirty_bits`](Self::dirty_bits).
+    pub fn dirty_bits_of(&self, bitmap: &Bitmap) -> Result<DirtyBits> {
         let found = match self.writer().and_then(|writer| writer.qcow2()) {
-            Some(writer) => writer.dirty_bits(name),
-            None => self.saved_bits(name),
+            Some(writer) => writer.dirty_bits(&bitmap.name).map(|(_, bits)| bits),
+            None => self.saved_bits(bitmap),
         };
-        let (bitmap, bits) = self.named(found)?;
+        let bits = self.named(found)?;
         Ok(DirtyBits { bits, granularity: bitmap.granularity(), size: self.info().virtual_size })
     }
 
-    fn saved_bits(&self, name: &str) -> Result<(Bitmap, Bits)> {
-        let all = self.bitmaps()?;
-        let bitmap = all.into_iter().find(|bitmap| bitmap.name == name.as_bytes());
-        let bitmap = bitmap.ok_or_else(|| Error::invalid(format!("Dirty bitmap '{name}' not found")))?;
-        check_bitmap(&bitmap)?;
-        let (FormatInfo::Qcow2(info), Some(file)) = (&self.info().specific, self.files().first()) else {
-            return Err(Error::invalid("an image without bitmaps"));
+    fn saved_bits(&self, bitmap: &Bitmap) -> Result<Bits> {
+        check_bitmap(bitmap)?;
+        let (header, file) = self.with_bitmaps()?;
+        Bits::read(&*file.storage, bitmap, header.geometry, header.size, &Limits::default())
+    }
+
+    fn with_bitmaps(&self) -> Result<(&Header, &ImageFile)> {
+        match (&self.info().specific, self.files().first()) {
+            (FormatInfo::Qcow2(info), Some(file)) => Ok((&info.area.header, file)),
+            _ => Err(Error::invalid("an image without bitmaps")),
+        }
+    }
+
+    /// One of the [`bitmaps`](Self::bitmaps), to be copied into another image. In an image that is open for writing: with
+    /// all that was written until now.
+    pub(crate) fn bitmap_to_copy(&self, bitmap: Bitmap) -> Result<BitmapCopy> {
+        let copy = || {
+            if let Some(writer) = self.writer().and_then(|writer| writer.qcow2()) {
+                writer.save_bitmaps()?;
+            }
+            check_bitmap(&bitmap)?;
+            let (header, file) = self.with_bitmaps()?;
+            let file = ImageFile { storage: file.storage.clone(), path: file.path.clone() };
+            Ok(BitmapCopy { bitmap, file, geometry: header.geometry, size: header.size })
         };
-        let header = &info.area.header;
-        let bits = Bits::read(&*file.storage, &bitmap, header.geometry, header.size, &Limits::default())?;
-        Ok((bitmap, bits))
+        self.named(copy())
     }
 
     /// Adds a bitmap without marks. `granularity` is in bytes, a power of 2 from 512 to 2^31; by default it is the
@@ -134,17 +148,16 @@ impl Image {
             granularity_bits: bits,
             extra: Vec::new(),
         };
-        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(vec![(bitmap, Bits::default())]))
+        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(std::iter::once(Ok((bitmap, Bits::default())))))
     }
 
     /// Adds bitmaps with what they mark, all at once.
-    pub(crate) fn copy_bitmaps(&mut self, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
+    pub(crate) fn copy_bitmaps(&mut self, bitmaps: &[BitmapCopy]) -> Result<()> {
         if bitmaps.is_empty() {
             return Ok(());
         }
         let size = self.info().virtual_size;
-        let new = self.named(copies(bitmaps, size))?;
-        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(new))
+        self.edit_qcow2(WHAT, |writer| writer.add_bitmaps(bitmaps.iter().map(|copy| copy.open(size))))
     }
 
     /// Removes a bitmap. What a damaged one takes may be leaked.
@@ -177,7 +190,7 @@ impl Image {
     /// [`Kind::Invalid`] if the disks differ in size; as [`dirty_bits`](Self::dirty_bits).
     pub fn merge_bitmap(&mut self, name: &str, source: &DirtyBits) -> Result<()> {
         let size = self.info().virtual_size;
-        self.named(source.check_size(size))?;
+        self.named(check_size(source.size, size))?;
         self.edit_qcow2(WHAT, |writer| {
             writer.change_bits(name, |bitmap, mut bits| {
                 let granularity = bitmap.granularity();
@@ -190,21 +203,65 @@ impl Image {
     }
 }
 
-/// Adds bitmaps to the fresh image in `storage`, and makes it durable.
-pub(crate) fn add_to_fresh(storage: &SharedStorage, bitmaps: &[(Bitmap, DirtyBits)]) -> Result<()> {
-    let limits = Limits::default();
-    let info = Qcow2Info::read(&**storage, &limits)?;
-    let new = copies(bitmaps, info.area.header.size)?;
-    super::qcow2::add_bitmaps(storage, info.area, limits, new)
+/// A bitmap of an image that is to be copied into another one. Its bits are read when they are written: there may be many
+/// such bitmaps, and little in the image may say of each that it is large.
+pub(crate) struct BitmapCopy {
+    bitmap: Bitmap,
+    /// Of the image that it is in.
+    file: ImageFile,
+    geometry: Geometry,
+    size: u64,
 }
 
-/// New bitmaps for a disk of `size` bytes that are as these.
-fn copies(bitmaps: &[(Bitmap, DirtyBits)], size: u64) -> Result<Vec<(Bitmap, Bits)>> {
-    let copy = |(bitmap, dirty): &(Bitmap, DirtyBits)| {
-        dirty.check_size(size)?;
-        Ok((Bitmap { extra: Vec::new(), extra_compatible: false, ..bitmap.clone() }, dirty.bits.clone()))
-    };
-    bitmaps.iter().map(copy).collect()
+impl BitmapCopy {
+    /// Bytes that the image has for it.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for a damaged table; [`Kind::Limit`]; [`Kind::Io`].
+    pub(crate) fn stored_bytes(&self) -> Result<u64> {
+        self.bits()?.stored_bytes()
+    }
+
+    /// The new bitmap for a disk of `size` bytes, and its bits.
+    fn open(&self, size: u64) -> Result<(Bitmap, StoredBits)> {
+        check_size(self.size, size)?;
+        let bitmap = Bitmap { extra: Vec::new(), extra_compatible: false, ..self.bitmap.clone() };
+        Ok((bitmap, self.bits()?))
+    }
+
+    fn bits(&self) -> Result<StoredBits> {
+        StoredBits::open(&self.file, &self.bitmap, self.geometry, self.size, &Limits::default())
+    }
+}
+
+/// Most bytes that all bitmaps together take which are added at once.
+const MOST_BYTES: u64 = 2 << 30;
+
+/// Refuses bitmaps that take `bytes` together.
+pub(crate) fn check_sum(bytes: u64) -> Result<()> {
+    if bytes <= MOST_BYTES {
+        return Ok(());
+    }
+    let why = format!("the bitmaps take more than {MOST_BYTES} bytes together");
+    Err(Error::new(Kind::Limit, why).hint("carry over fewer, or ones with a larger granularity"))
+}
+
+/// Refuses marks of a disk of `from` bytes for one of `size` bytes.
+fn check_size(from: u64, size: u64) -> Result<()> {
+    if from == size {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "Bitmaps are of different sizes (destination size is {size}, source size is {from}) and can't be merged"
+    )))
+}
+
+/// Adds bitmaps to the fresh image in `storage`, and makes it durable.
+pub(crate) fn add_to_fresh(storage: &SharedStorage, bitmaps: &[BitmapCopy]) -> Result<()> {
+    let limits = Limits::default();
+    let info = Qcow2Info::read(&**storage, &limits)?;
+    let size = info.area.header.size;
+    super::qcow2::add_bitmaps(storage, info.area, limits, bitmaps.iter().map(|copy| copy.open(size)))
 }
 
 /// What other formats do not have.

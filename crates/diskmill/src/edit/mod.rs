@@ -37,7 +37,7 @@ use std::sync::Arc;
 
 pub use amend::Amendment;
 pub use bitmap::DirtyBits;
-pub(crate) use bitmap::add_to_fresh;
+pub(crate) use bitmap::{BitmapCopy, add_to_fresh, check_sum};
 pub use commit::{Commit, CommitOptions};
 pub(crate) use disk::Disk;
 pub use keys::KeySlotChange;

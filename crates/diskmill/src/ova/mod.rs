@@ -37,9 +37,10 @@ pub(crate) fn probe(start: &[u8]) -> bool {
     })
 }
 
-/// Whether the file at `path`, with these first bytes, is an archive and called an OVA.
-pub(crate) fn is_called(path: &Path, start: &[u8]) -> bool {
-    path.extension().is_some_and(|name| name.eq_ignore_ascii_case("ova")) && first_file(start).is_some()
+/// Whether the file at `path` is called an OVA. Its first bytes do not matter: a damaged archive must not be taken for a raw
+/// disk.
+pub(crate) fn is_called(path: &Path, _start: &[u8]) -> bool {
+    path.extension().is_some_and(|name| name.eq_ignore_ascii_case("ova"))
 }
 
 fn first_file(start: &[u8]) -> Option<Member> {
@@ -119,7 +120,10 @@ pub(crate) struct OpenDisk {
 
 /// The disk of the archive in `file` that `options` mean. Only that one is looked at: the others may be damaged.
 pub(crate) fn open(file: &SharedStorage, options: &OpenOptions) -> Result<OpenDisk> {
-    let members = members(&**file, &options.limits)?;
+    let members = members(&**file, &options.limits).map_err(|error| match error.kind() {
+        Kind::NotThisFormat => error.hint("a raw disk under such a name needs -f raw"),
+        _ => error,
+    })?;
     let envelope = envelope(&**file, &members, &options.limits)?;
     let disks: Vec<Disk<'_>> = match &envelope {
         Some(ovf) => {

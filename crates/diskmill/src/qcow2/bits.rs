@@ -2,14 +2,142 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{Bitmap, BitmapCluster, Geometry};
-use diskmill_io::Storage;
+use diskmill_io::{SharedStorage, Storage};
 
 use super::lossy;
 use crate::error::{Error, Kind, Result};
+use crate::image::ImageFile;
 use crate::reader::read_exact;
+
+/// Where the bits of a new bitmap come from.
+pub(crate) trait BitSource {
+    /// A bit from `from` on that may be set or has ones near behind it that may; `None` if none is.
+    fn next_from(&self, from: u64) -> Option<u64>;
+
+    /// Whether all bits of `range` are known to be set.
+    fn is_ones(&self, range: Range<u64>) -> bool;
+
+    /// Sets in `bytes`, which are zeros and of which the first one stands for bit `first`, the first one of a page, the
+    /// bits that are set here.
+    fn fill(&self, first: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
+impl BitSource for Bits {
+    fn next_from(&self, from: u64) -> Option<u64> {
+        self.next_page(from)
+    }
+
+    fn is_ones(&self, range: Range<u64>) -> bool {
+        self.find(range.start, false).is_none_or(|clear| clear >= range.end)
+    }
+
+    fn fill(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        self.merge_into(first, bytes);
+        Ok(())
+    }
+}
+
+/// The bits of a bitmap as they stand in its image, which are read when they are asked for.
+pub(crate) struct StoredBits {
+    file: SharedStorage,
+    path: PathBuf,
+    cluster_size: u64,
+    table: Vec<BitmapCluster>,
+    name: Vec<u8>,
+}
+
+impl StoredBits {
+    /// As [`Bits::read`], but of the table only.
+    pub(crate) fn open(
+        file: &ImageFile,
+        bitmap: &Bitmap,
+        geometry: Geometry,
+        size: u64,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let ImageFile { storage, path } = file;
+        let table = read_table(&**storage, bitmap, geometry, size, limits).map_err(|error| error.of(path))?;
+        Ok(Self {
+            file: storage.clone(),
+            path: path.clone(),
+            cluster_size: geometry.cluster_size(),
+            table,
+            name: bitmap.name.clone(),
+        })
+    }
+
+    /// Bytes of its table and of the clusters of bits that it points to.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] if one of these is not in the file.
+    pub(crate) fn stored_bytes(&self) -> Result<u64> {
+        let len = self.file.len().map_err(|error| Error::io("cannot tell the size", error).of(&self.path))?;
+        let mut bytes = self.table.len() as u64 * 8;
+        for entry in &self.table {
+            let BitmapCluster::Bits(host) = entry else { continue };
+            if host.get().checked_add(self.cluster_size).is_none_or(|end| end > len) {
+                let why = format!("it reaches past the end of the file ({len} bytes)");
+                let error = Error::corrupt(structure(&self.name), Some(host.get()), why);
+                return Err(error.of(&self.path));
+            }
+            bytes = bytes.saturating_add(self.cluster_size);
+        }
+        Ok(bytes)
+    }
+
+    /// The clusters from the one on that holds bit `from`, with their indexes.
+    fn entries_from(&self, from: u64) -> impl Iterator<Item = (u64, BitmapCluster)> + '_ {
+        let first = from / (self.cluster_size * 8);
+        let skip = usize::try_from(first).unwrap_or(usize::MAX);
+        (first..).zip(self.table.iter().copied().skip(skip))
+    }
+}
+
+impl BitSource for StoredBits {
+    fn next_from(&self, from: u64) -> Option<u64> {
+        let (index, _) = self.entries_from(from).find(|(_, entry)| *entry != BitmapCluster::Zeros)?;
+        Some(from.max(index * self.cluster_size * 8))
+    }
+
+    fn is_ones(&self, range: Range<u64>) -> bool {
+        let end = range.end.div_ceil(self.cluster_size * 8);
+        let mut entries = self.entries_from(range.start).take_while(|(index, _)| *index < end);
+        // Behind the table there are no bits of the disk.
+        entries.all(|(_, entry)| entry == BitmapCluster::Ones)
+    }
+
+    fn fill(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let (from, len) = (first / 8, bytes.len() as u64);
+        for (index, entry) in self.entries_from(first) {
+            let start = index * self.cluster_size;
+            if start >= from + len {
+                break;
+            }
+            // The part that both clusters have: one size is a multiple of the other.
+            let at = start.max(from);
+            let end = (start + self.cluster_size).min(from + len);
+            let Some(part) = bytes.get_mut((at - from) as usize..(end - from) as usize) else { break };
+            match entry {
+                BitmapCluster::Zeros => {}
+                BitmapCluster::Ones => part.fill(ALL),
+                BitmapCluster::Bits(host) => {
+                    let host = host.get().saturating_add(at - start);
+                    read_exact(&*self.file, part, host)
+                        .map_err(|error| error.within(structure(&self.name), host).of(&self.path))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn structure(name: &[u8]) -> String {
+    format!("bitmap {:?}", lossy(name))
+}
 
 /// Bytes in a page. No cluster is smaller.
 const PAGE: usize = 512;
@@ -170,9 +298,8 @@ impl Bits {
                 BitmapCluster::Zeros => {}
                 BitmapCluster::Ones => bits.set(first..first + cluster_bits),
                 BitmapCluster::Bits(host) => {
-                    let structure = || format!("bitmap {:?}", lossy(&bitmap.name));
                     read_exact(file, &mut cluster, host.get())
-                        .map_err(|error| error.within(structure(), host.get()))?;
+                        .map_err(|error| error.within(structure(&bitmap.name), host.get()))?;
                     bits.merge(first, &cluster);
                 }
             }

@@ -10,7 +10,7 @@ mod preallocated;
 mod refcounts;
 
 pub(crate) use assembler::Qcow2Assembler;
-pub(crate) use bits::{Bits, read_table};
+pub(crate) use bits::{BitSource, Bits, StoredBits, read_table};
 pub(crate) use encryption::Encryption;
 pub use encryption::{EncryptionFormat, EncryptionOptions};
 pub(crate) use layout::{FileLen, Files, Qcow2Layout};

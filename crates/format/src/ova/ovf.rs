@@ -13,6 +13,8 @@ use crate::vmdk::AdapterType;
 use crate::{FormatError, Limits};
 
 const WHAT: &str = "OVF envelope";
+/// Characters of the envelope that a message quotes at most.
+const QUOTED: usize = 200;
 
 /// `ResourceType` of an IDE controller (CIM_ResourceAllocationSettingData).
 pub const IDE_CONTROLLER: u16 = 5;
@@ -155,8 +157,9 @@ impl Ovf {
         loop {
             let at = reader.buffer_position();
             let event = reader.read_event();
-            let event = event
-                .map_err(|error| FormatError::corrupt(WHAT, error.to_string()).at(reader.error_position()))?;
+            let event = event.map_err(|error| {
+                FormatError::corrupt(WHAT, start_of(&error.to_string())).at(reader.error_position())
+            })?;
             match event {
                 Event::Eof if visit.path.is_empty() => break,
                 Event::Eof => return Err(FormatError::corrupt(WHAT, "the text is cut off").at(at)),
@@ -266,7 +269,7 @@ impl<'a> Visit<'a> {
                     Ok(None) => quick_xml::escape::resolve_predefined_entity(&name).map(str::to_owned),
                     Err(_) => None,
                 };
-                let unknown = || FormatError::corrupt(WHAT, format!("unknown entity &{name};"));
+                let unknown = || FormatError::corrupt(WHAT, format!("unknown entity &{};", start_of(&name)));
                 self.text.push_str(&resolved.ok_or_else(unknown)?);
                 Ok(())
             }
@@ -369,7 +372,9 @@ fn attributes<const N: usize>(
     start: &BytesStart<'_>,
     names: [&str; N],
 ) -> Result<[Option<String>; N], FormatError> {
-    let bad = |error: &dyn std::fmt::Display| FormatError::corrupt(WHAT, format!("bad attribute: {error}"));
+    let bad = |error: &dyn std::fmt::Display| {
+        FormatError::corrupt(WHAT, start_of(&format!("bad attribute: {error}")))
+    };
     let mut found = [const { None }; N];
     let mut sure = [false; N];
     let mut attributes = start.attributes();
@@ -394,11 +399,15 @@ fn attributes<const N: usize>(
 fn number(text: Option<&str>) -> Result<Option<u64>, FormatError> {
     match text.map(str::trim) {
         None | Some("") => Ok(None),
-        Some(text) => text
-            .parse()
-            .map(Some)
-            .map_err(|_| FormatError::corrupt(WHAT, format!("{text:?} is not a number of bytes"))),
+        Some(text) => text.parse().map(Some).map_err(|_| {
+            FormatError::corrupt(WHAT, format!("{:?} is not a number of bytes", start_of(text)))
+        }),
     }
+}
+
+/// What a message quotes of a text, which may be as long as the envelope.
+fn start_of(text: &str) -> String {
+    text.chars().take(QUOTED).collect()
 }
 
 /// Bytes of a programmatic unit (DSP0004, annex "Programmatic Units"): `byte`, `byte * 2^30`,

@@ -19,8 +19,9 @@ use refcounts::RefcountTable;
 use references::Patch;
 use snapshots::NewTable;
 
-/// Where the header has its incompatible feature bits (specification, "Header").
+/// Where the header has its incompatible and its autoclear feature bits (specification, "Header").
 const INCOMPATIBLE_FIELD: u64 = 72;
+const AUTOCLEAR_FIELD: u64 = 88;
 
 /// As [`super::check_storage`].
 pub(super) fn check(
@@ -138,6 +139,7 @@ impl<'a> Pass<'a> {
     }
 
     fn run(mut self) -> Result<Outcome> {
+        self.check_features()?;
         self.count_references()?;
         self.count_refcount_structures()?;
         self.apply_patches()?;
@@ -165,6 +167,22 @@ impl<'a> Pass<'a> {
         self.check_copied()?;
         self.write_snapshots()?;
         self.settle()
+    }
+
+    /// Looks for feature bits that exclude each other.
+    fn check_features(&mut self) -> Result<()> {
+        if self.external() || self.header.autoclear & feature::RAW_DATA_FILE == 0 {
+            return Ok(());
+        }
+        let finding = Finding::RawWithoutDataFile;
+        if self.repair == Repair::All {
+            self.header.autoclear &= !feature::RAW_DATA_FILE;
+            self.disk.write(&self.header.autoclear.to_be_bytes(), AUTOCLEAR_FIELD)?;
+            self.repaired(&finding);
+        } else {
+            self.error(&finding, 1);
+        }
+        Ok(())
     }
 
     /// Ends a repair: an image without errors is clean.

@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use diskmill_format::HostOffset;
 use diskmill_format::qcow2::{
@@ -351,7 +351,12 @@ impl Pass<'_> {
         self.follow(at, len, 1)?;
         let mut bytes = vec![0; len as usize];
         self.disk.read(&mut bytes, at)?;
+        let mut names = HashSet::new();
         for bitmap in parse_bitmaps(&bytes, count, HostOffset(at), self.limits)? {
+            // Not repaired: which of them is the one that is meant cannot be told.
+            if !names.insert(bitmap.name.clone()) {
+                self.error(&Finding::BitmapTwice { bitmap: lossy(&bitmap.name) }, 1);
+            }
             let (offset, entries) = (bitmap.table_offset.get(), u64::from(bitmap.table_size));
             if offset == 0 || !offset.is_multiple_of(cluster) {
                 return Err(wrong("the table of a bitmap is misaligned"));

@@ -4,7 +4,7 @@
 //! the new directory; barrier; then the old clusters are given up. A crash leaves the bitmaps as they were or as they
 //! are to be, but for the cases that [`Meta::link_bitmaps`] tells.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use diskmill_format::qcow2::{BITMAP_FLAGS_AT, Bitmap, BitmapCluster, HeaderArea};
@@ -13,9 +13,10 @@ use diskmill_io::SharedStorage;
 
 use super::Qcow2Writer;
 use super::meta::Meta;
+use crate::edit::bitmap::check_sum;
 use crate::edit::disk::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::qcow2::{Bits, lossy, read_directory, read_table};
+use crate::qcow2::{BitSource, Bits, lossy, read_directory, read_table};
 use crate::reader::read_exact;
 
 /// A change of the directory that is being prepared.
@@ -30,7 +31,7 @@ pub(super) struct Draft {
 
 impl Qcow2Writer {
     /// The bitmaps of the image, with the bits of the one called `name` as of now.
-    pub(crate) fn dirty_bits(&self, name: &str) -> Result<(Bitmap, Bits)> {
+    pub(crate) fn dirty_bits(&self, name: &[u8]) -> Result<(Bitmap, Bits)> {
         let mut meta = self.meta();
         self.recorder.save(&mut meta)?;
         let bitmap = find(&meta.bitmaps()?, name)?.clone();
@@ -38,17 +39,22 @@ impl Qcow2Writer {
         Ok((bitmap, bits))
     }
 
+    /// Brings what was recorded until now to the file.
+    pub(crate) fn save_bitmaps(&self) -> Result<()> {
+        self.recorder.save(&mut self.meta())
+    }
+
     /// Adds bitmaps with these bits. Their tables are made here.
-    pub(crate) fn add_bitmaps(&self, new: Vec<(Bitmap, Bits)>) -> Result<()> {
-        if new.is_empty() {
-            return Ok(());
-        }
+    pub(crate) fn add_bitmaps<B: BitSource>(
+        &self,
+        new: impl Iterator<Item = Result<(Bitmap, B)>>,
+    ) -> Result<()> {
         self.change_bitmaps(|meta, draft| meta.draft_bitmaps(draft, new))
     }
 
     pub(crate) fn remove_bitmap(&self, name: &str) -> Result<()> {
         self.change_bitmaps(|meta, draft| {
-            let index = position(&draft.bitmaps, name)?;
+            let index = position(&draft.bitmaps, name.as_bytes())?;
             let bitmap = draft.bitmaps.remove(index);
             meta.free_bits(draft, &bitmap);
             Ok(())
@@ -101,11 +107,11 @@ impl Qcow2Writer {
 }
 
 /// Adds bitmaps to the image in `storage`, which nobody has open, and closes it.
-pub(crate) fn add_bitmaps(
+pub(crate) fn add_bitmaps<B: BitSource>(
     storage: &SharedStorage,
     area: HeaderArea,
     limits: Limits,
-    new: Vec<(Bitmap, Bits)>,
+    new: impl Iterator<Item = Result<(Bitmap, B)>>,
 ) -> Result<()> {
     let mut meta = Meta::open(Arc::new(Disk::new(Arc::clone(storage))?), None, area, limits)?;
     meta.change_bitmaps(|meta, draft| meta.draft_bitmaps(draft, new))?;
@@ -116,19 +122,19 @@ fn empty_disk() -> Error {
     Error::unsupported("a persistent bitmap of an empty disk")
 }
 
-fn position(bitmaps: &[Bitmap], name: &str) -> Result<usize> {
-    let found = bitmaps.iter().position(|bitmap| bitmap.name == name.as_bytes());
-    found.ok_or_else(|| Error::invalid(format!("Dirty bitmap '{name}' not found")))
+fn position(bitmaps: &[Bitmap], name: &[u8]) -> Result<usize> {
+    let found = bitmaps.iter().position(|bitmap| bitmap.name == name);
+    found.ok_or_else(|| Error::invalid(format!("Dirty bitmap '{}' not found", lossy(name))))
 }
 
-fn find<'b>(bitmaps: &'b [Bitmap], name: &str) -> Result<&'b Bitmap> {
+fn find<'b>(bitmaps: &'b [Bitmap], name: &[u8]) -> Result<&'b Bitmap> {
     let found = bitmaps.get(position(bitmaps, name)?);
     found.map_or_else(|| Err(Error::invalid("no such bitmap")), |bitmap| check(bitmap).map(|()| bitmap))
 }
 
 /// The bitmap called `name`, if its bits can be trusted.
 fn usable<'d>(draft: &'d mut Draft, name: &str) -> Result<&'d mut Bitmap> {
-    let index = position(&draft.bitmaps, name)?;
+    let index = position(&draft.bitmaps, name.as_bytes())?;
     let found = draft.bitmaps.get_mut(index).ok_or_else(|| Error::invalid("no such bitmap"))?;
     check(found).map(|()| found)
 }
@@ -222,10 +228,15 @@ impl Meta {
         Ok(value)
     }
 
-    fn draft_bitmaps(&mut self, draft: &mut Draft, new: Vec<(Bitmap, Bits)>) -> Result<()> {
-        for (bitmap, mut bits) in new {
-            bits.truncate(bitmap.bits(self.area.header.size));
-            if draft.bitmaps.iter().any(|other| other.name == bitmap.name) {
+    fn draft_bitmaps<B: BitSource>(
+        &mut self,
+        draft: &mut Draft,
+        new: impl Iterator<Item = Result<(Bitmap, B)>>,
+    ) -> Result<()> {
+        let mut names: HashSet<Vec<u8>> = draft.bitmaps.iter().map(|bitmap| bitmap.name.clone()).collect();
+        for new in new {
+            let (bitmap, bits) = new?;
+            if !names.insert(bitmap.name.clone()) {
                 return Err(Error::invalid(format!("Bitmap already exists: {}", lossy(&bitmap.name))));
             }
             if draft.bitmaps.len() as u64 >= u64::from(self.limits.qcow2_bitmaps) {
@@ -233,6 +244,8 @@ impl Meta {
             }
             let bitmap = self.store_bits(draft, bitmap, &bits)?;
             draft.bitmaps.push(bitmap);
+            // The other image's clusters may be smaller, and what is little there much here.
+            check_sum(self.cluster_size().saturating_mul(draft.taken.len() as u64))?;
         }
         Ok(())
     }
@@ -254,8 +267,9 @@ impl Meta {
     }
 
     /// Writes `bits` to new clusters, and a table of them. Returns `bitmap` with that table.
-    fn store_bits(&mut self, draft: &mut Draft, bitmap: Bitmap, bits: &Bits) -> Result<Bitmap> {
+    fn store_bits<B: BitSource>(&mut self, draft: &mut Draft, bitmap: Bitmap, bits: &B) -> Result<Bitmap> {
         let size = self.cluster_size();
+        let len = bitmap.bits(self.area.header.size);
         let entries = bitmap.table_entries(self.area.header.size, self.geometry);
         if entries == 0 {
             return Err(empty_disk());
@@ -266,15 +280,23 @@ impl Meta {
         }
         let mut table = vec![0; (entries * 8).next_multiple_of(size) as usize];
         let mut cluster = vec![0; size as usize];
-        let mut next = bits.next_page(0);
+        let mut next = bits.next_from(0).filter(|&bit| bit < len);
         while let Some(bit) = next {
             let index = bit / (size * 8);
+            let (first, end) = (index * size * 8, (index + 1) * size * 8);
+            next = bits.next_from(end).filter(|&bit| bit < len);
+            if bits.is_ones(first..end.min(len)) {
+                put_entry(&mut table, index, BitmapCluster::Ones);
+                continue;
+            }
             cluster.fill(0);
-            bits.merge_into(index * size * 8, &mut cluster);
+            bits.fill(first, &mut cluster)?;
+            if end > len {
+                clear_from(&mut cluster, len - first);
+            }
             let host = self.take(draft, size)?;
             self.disk.write(&cluster, host)?;
             put_entry(&mut table, index, BitmapCluster::Bits(HostOffset(host)));
-            next = bits.next_page((index + 1) * size * 8);
         }
         let host = self.take(draft, table.len() as u64)?;
         self.disk.write(&table, host)?;
@@ -350,6 +372,14 @@ impl Meta {
         }
         Ok(table.into_iter().flat_map(|entry| entry.encode().to_be_bytes()).collect())
     }
+}
+
+/// Clears the bits of `bytes` from `len` on.
+fn clear_from(bytes: &mut [u8], len: u64) {
+    let first = usize::try_from(len / 8).unwrap_or(usize::MAX);
+    let Some((partial, rest)) = bytes.get_mut(first..).and_then(<[u8]>::split_first_mut) else { return };
+    *partial &= !(u8::MAX << (len % 8));
+    rest.fill(0);
 }
 
 fn put_entry(table: &mut [u8], index: u64, entry: BitmapCluster) {
