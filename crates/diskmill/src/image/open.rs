@@ -254,7 +254,7 @@ impl<'a> Opener<'a> {
                 let start = first_bytes(&*storage)?;
                 match Format::probe(&start) {
                     // Only the image that the user named is called what the user called it.
-                    Format::Raw if self.image.layers.is_empty() && crate::ova::is_called(&path, &start) => {
+                    Format::Raw if self.image.layers.is_empty() && crate::ova::is_called(&path) => {
                         Format::Ova
                     }
                     probed => probed,

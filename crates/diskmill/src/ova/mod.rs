@@ -39,7 +39,7 @@ pub(crate) fn probe(start: &[u8]) -> bool {
 
 /// Whether the file at `path` is called an OVA. Its first bytes do not matter: a damaged archive must not be taken for a raw
 /// disk.
-pub(crate) fn is_called(path: &Path, _start: &[u8]) -> bool {
+pub(crate) fn is_called(path: &Path) -> bool {
     path.extension().is_some_and(|name| name.eq_ignore_ascii_case("ova"))
 }
 
