@@ -375,6 +375,11 @@ impl Image {
         self.writer.as_deref()
     }
 
+    /// Packed payloads that were written since the image was opened.
+    pub(crate) fn payloads_written(&self) -> u64 {
+        self.writer().and_then(Writer::qcow2).map_or(0, |writer| writer.payloads_written())
+    }
+
     /// Makes `layout` what the image itself has.
     pub(crate) fn replace_top(&mut self, layout: Box<dyn Layout>) {
         if let Some(top) = self.layers.first_mut() {
