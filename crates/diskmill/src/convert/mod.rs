@@ -60,6 +60,17 @@ pub enum Input<'a> {
     VmdkStream(Box<VmdkStream>),
 }
 
+impl Input<'_> {
+    /// Refuses images that may change meanwhile: what is read is looked up long before, and without the image's locks.
+    fn refuse_writable(&self) -> Result<()> {
+        let Self::Images(images) = self else { return Ok(()) };
+        images.iter().filter(|image| image.writer().is_some()).try_for_each(|image| {
+            let error = Error::unsupported("converting an image that is open for writing");
+            image.named(Err(error.hint("close it and open it for reading")))
+        })
+    }
+}
+
 impl<'a, T: AsRef<[Image]> + ?Sized> From<&'a T> for Input<'a> {
     fn from(images: &'a T) -> Self {
         Self::Images(images.as_ref())
@@ -133,7 +144,8 @@ pub struct Summary {
 /// written beside its final name and renamed when whole: after an error the old file is still there, or none.
 ///
 /// # Errors
-/// Any [`Kind`](crate::Kind). `Corrupt` for damage of the source, unless salvaging; `Cancelled` if `monitor` was cancelled.
+/// Any [`Kind`](crate::Kind). `Corrupt` for damage of the source, unless salvaging; `Cancelled` if `monitor` was cancelled;
+/// `Unsupported` for a source that is open for writing: its clusters might move while they are read.
 pub fn convert<'a>(
     input: impl Into<Input<'a>>,
     output: Output,
@@ -141,7 +153,9 @@ pub fn convert<'a>(
     monitor: &Monitor,
 ) -> Result<Summary> {
     let started = Instant::now();
-    let (summary, target) = run(input.into(), output, options, monitor, started, Naming::AtOnce)?;
+    let input = input.into();
+    input.refuse_writable()?;
+    let (summary, target) = run(input, output, options, monitor, started, Naming::AtOnce)?;
     target.map_or(Ok(()), |target| target.publish(options.sync))?;
     monitor.finish();
     Ok(Summary { seconds: started.elapsed().as_secs_f64(), ..summary })
@@ -158,7 +172,8 @@ pub fn convert_unnamed<'a>(
     options: &ConvertOptions,
     monitor: &Monitor,
 ) -> Result<(Summary, Unnamed)> {
-    let path = path.into();
+    let (input, path) = (input.into(), path.into());
+    input.refuse_writable()?;
     if !options.create {
         return Err(Error::invalid("an existing image has its name already").of(&path));
     }
@@ -167,7 +182,7 @@ pub fn convert_unnamed<'a>(
         return Err(Error::unsupported("an output that exists and is not a regular file").of(&path));
     }
     let output = Output::Path(path);
-    let (summary, target) = run(input.into(), output, options, monitor, Instant::now(), Naming::Later)?;
+    let (summary, target) = run(input, output, options, monitor, Instant::now(), Naming::Later)?;
     let target = target.ok_or_else(|| Error::invalid("an output without a file of its own"))?;
     monitor.finish();
     Ok((summary, Unnamed(target)))
