@@ -345,7 +345,7 @@ fn fill_holding(
     let size = total_size(sources)?;
     target::fits(virtual_size, Some(size)).map_err(|error| error.of(path))?;
     monitor.start(size);
-    let threads = options.threads.unwrap_or_else(diskmill_io::cpus);
+    let threads = fill::threads(sources, &image, options);
     let bad = fill::fill(sources, image, &carried.bitmaps, options, threads, monitor)?;
     monitor.finish();
     Ok(Summary {
