@@ -152,6 +152,12 @@ fn an_image_that_holds_something_is_written_into() {
     qemu.img(["convert", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", "old.raw", "split.vmdk"]).ok();
     diskmill().cmd(["check", &path("split.vmdk")]).ok();
 
+    // Each thread holds some memory.
+    for (memory, threads) in [("1M", 1), ("16M", 3), ("64M", 6)] {
+        let limits = ["--json", "--threads", "6", "--memory", memory];
+        assert_eq!(convert(&limits, "b.qcow2").ok().json()["threads"], threads, "in {memory}");
+    }
+
     convert(&["-c"], "a.qcow2").fails(1).says(&["-c", "not supported"]);
     assert!(qemu.content("a.qcow2", "qcow2") == old, "a refusal changes nothing");
     qemu.create("small.qcow2", "", MIB as u64);

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use diskmill::{Image as Opened, OpenOptions};
 use diskmill_testkit::content::{Pattern, Rng, disk, fill};
 use diskmill_testkit::qcow2::{Entry, Image, ImageBuilder, payload};
 use diskmill_testkit::{
@@ -182,6 +183,42 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
             same_content(&small.0.join("a"), OLD);
             assert_eq!(names(&small.0), ["a"], "{out}");
         }
+    }
+}
+
+/// What a full disk has no room for is refused when it is written, and not when it is flushed with all else.
+#[test]
+fn a_full_disk_keeps_what_was_acknowledged() {
+    const LEN: usize = 256 << 10;
+    let dir = scratch();
+    let Some(small) = SmallDisk::mount(dir.path().join("small")) else { return };
+    let path = small.0.join("a.qcow2");
+    // Apart from each other: each write needs more of the tables than the one before.
+    let place = |index: u64| index * ((1 << 20) + 4096);
+    let bytes = |index| fill(Pattern::Random, index, LEN);
+    for options in
+        ["cluster_size=64k", "cluster_size=512", "cluster_size=4k,extended_l2=off,refcount_bits=64"]
+    {
+        diskmill().cmd(["create", "-q", "-f", "qcow2", "-o", options]).arg(&path).arg("64M").ok();
+        let image = Opened::open(&path, &OpenOptions { writable: true, ..OpenOptions::default() }).unwrap();
+        let results: Vec<_> = (0..40).map(|index| image.write_at(&bytes(index), place(index))).collect();
+        image.flush().unwrap();
+        image.close().unwrap();
+        let failed = results.iter().filter_map(|result| result.as_ref().err());
+        assert!(failed.clone().all(|error| error.to_string().contains("No space left")), "{options}");
+        assert!((20..36).contains(&failed.count()), "{options}: the disk has room for about 15");
+        let image = Opened::open(&path, &OpenOptions::default()).unwrap();
+        for (index, _) in (0..).zip(&results).filter(|(_, result)| result.is_ok()) {
+            let mut found = vec![0; LEN];
+            image.read_at(&mut found, place(index)).unwrap();
+            assert!(found == bytes(index), "{options}: write {index}");
+        }
+        drop(image);
+        diskmill().cmd(["check"]).arg(&path).ok();
+        if let Some(q) = Oracle::find(&small.0) {
+            q.check_clean("a.qcow2");
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 }
 

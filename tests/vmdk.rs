@@ -221,6 +221,42 @@ fn streams_keep_every_rule() {
     }
 }
 
+/// With the least memory jobs end where there is no room for the next grain; with less, the error says how much it takes.
+#[test]
+fn streams_from_pipes_need_little_memory() {
+    let place = Place::new();
+    let content = sample();
+    std::fs::write(place.path("a.raw"), &content).unwrap();
+    place.convert(&["-O", "vmdk", "-o", "subformat=streamOptimized"], "a.raw", "a.vmdk");
+    let stream = place.read("a.vmdk");
+    let targets = [
+        &["-O", "raw"][..],
+        &["-O", "raw", "-S", "0"],
+        &["-O", "qcow2", "-c"],
+        &["-O", "qcow2", "-o", "cluster_size=512"],
+        // A cluster holds several grains.
+        &["-O", "qcow2", "-o", "cluster_size=2M"],
+    ];
+    for target in targets {
+        let convert = |memory: &str| {
+            let cmd = diskmill().cmd(["convert", "-f", "vmdk", "--memory", memory]).args(target);
+            cmd.args(["-", "out"]).stdin_bytes(stream.clone()).dir(place.dir.path())
+        };
+        let out = convert("2M").fails(1);
+        let error = out.err();
+        let need: String = error
+            .split("--memory ")
+            .nth(1)
+            .unwrap_or_else(|| panic!("{out}"))
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
+        convert(&need).ok();
+        place.convert(&["-O", "raw"], "out", "back.raw");
+        assert!(place.read("back.raw") == content, "{target:?} in {need} bytes");
+    }
+}
+
 #[test]
 fn deltas_name_their_parent() {
     let place = Place::new();

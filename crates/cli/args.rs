@@ -119,7 +119,7 @@ pub(crate) struct ConvertArgs {
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub(crate) io: Io,
 
-    /// Bypass the page cache (O_DIRECT) for sources and target
+    /// Bypass the page cache (O_DIRECT) for sources and target (not for a target that holds data already, with -n)
     #[arg(long)]
     pub(crate) direct: bool,
 

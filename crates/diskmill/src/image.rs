@@ -221,7 +221,8 @@ impl Image {
     /// bytes, zeros fill it up. [`Image::info`] tells of the whole disk as before.
     ///
     /// # Errors
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the range reaches past the end of the disk.
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the range reaches past the end of the disk, or only a part of it is shown
+    /// already; [`Kind::Unsupported`](crate::Kind::Unsupported) for an image that is open for writing.
     pub fn into_window(mut self, start: u64, len: u64) -> Result<Self> {
         if self.writer.is_some() {
             return Err(Error::unsupported("writing to a part of a disk"));
@@ -372,6 +373,11 @@ impl Image {
 
     pub(crate) fn writer(&self) -> Option<&dyn Writer> {
         self.writer.as_deref()
+    }
+
+    /// Packed payloads that were written since the image was opened.
+    pub(crate) fn payloads_written(&self) -> u64 {
+        self.writer().and_then(Writer::qcow2).map_or(0, |writer| writer.payloads_written())
     }
 
     /// Makes `layout` what the image itself has.

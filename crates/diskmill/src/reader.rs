@@ -47,8 +47,8 @@ pub(crate) struct Scratch {
     unpacker: Unpacker,
     packed: Vec<u8>,
     unit: Vec<u8>,
-    /// Which payload `unit` holds.
-    held: Option<Source>,
+    /// Which payload `unit` holds, and how many had been written into the image when it was read.
+    held: Option<(Source, u64)>,
 }
 
 impl Default for Scratch {
@@ -115,7 +115,9 @@ impl<'a> Reader<'a> {
 
     fn unpack(&mut self, source: Source) -> Result<()> {
         let Source::Packed { file, at, len, unit, codec, .. } = source else { return Ok(()) };
-        let key = Source::Packed { file, at, len, unit, skip: 0, codec };
+        // A payload that is written may take the place of one that is gone. Counted after the map was asked: no payload is
+        // in the map before it is counted.
+        let key = (Source::Packed { file, at, len, unit, skip: 0, codec }, self.image.payloads_written());
         if self.scratch.held == Some(key) {
             return Ok(());
         }

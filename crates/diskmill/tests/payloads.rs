@@ -11,8 +11,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use diskmill::convert::Monitor;
-use diskmill::edit::{Commit, CommitOptions, Rebase, RebaseMode};
+use diskmill::convert::{Monitor, TargetFormat};
+use diskmill::create::{CreateOptions, create};
+use diskmill::edit::{Commit, CommitOptions, Rebase, RebaseMode, ZeroHow};
 use diskmill::{Allow, Image, Kind, OpenOptions, OpenPolicy, Source};
 use diskmill_testkit::content::disk;
 use diskmill_testkit::{Oracle, same, scratch};
@@ -160,4 +161,35 @@ fn a_damaged_payload_is_not_taken_over() {
             assert!(fs::read(dir.join("overlay.qcow2")).unwrap() == before, "the overlay is as it was");
         }
     }
+}
+
+#[test]
+fn a_payload_in_the_place_of_another_is_read_itself() {
+    const CLUSTER: usize = 64 << 10;
+    let dir = scratch();
+    let path = dir.path().join("disk.qcow2");
+    let format = TargetFormat::named("qcow2").unwrap();
+    create(&path, &CreateOptions { format, size: 1 << 20, trust_backing: false }).unwrap();
+    let image = Image::open(&path, &OpenOptions { writable: true, ..OpenOptions::default() }).unwrap();
+    let mut reader = image.reader();
+    let mut places = Vec::new();
+    for pattern in [1, 2] {
+        image.write_zeroes(0, CLUSTER as u64, ZeroHow::MayUnmap).unwrap();
+        image.flush().unwrap();
+        image.write_compressed(&[pattern; CLUSTER], 0).unwrap();
+        image.flush().unwrap();
+        places.push(image.map(0, CLUSTER as u64).unwrap().source);
+        let mut bytes = vec![0; CLUSTER];
+        image.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes == [pattern; CLUSTER], "payload {pattern}, read by the image");
+        reader.read_at(&mut bytes, 0).unwrap();
+        assert!(bytes == [pattern; CLUSTER], "payload {pattern}, read by a reader");
+    }
+    assert_eq!(places[0], places[1], "the test is of payloads in one place");
+    // A part of a packed cluster is written with all the rest of it.
+    image.write_at(b"!", 100).unwrap();
+    image.close().unwrap();
+    let mut want = vec![2; CLUSTER];
+    want[100] = b'!';
+    assert!(content(&path)[..CLUSTER] == want);
 }

@@ -118,3 +118,28 @@ fn an_unnamed_image_is_worked_on_beside_its_name() {
     }
     assert_eq!(names(), 2);
 }
+
+/// Its clusters could be freed, and used for something else, between the look at its tables and the read.
+#[test]
+fn a_source_that_is_open_for_writing_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, disk) = (dir.path().join("a.raw"), dir.path().join("a.qcow2"));
+    std::fs::write(&raw, sample(1 << 20)).unwrap();
+    run(&raw, &disk, &qcow2(&[], false, 1));
+    let open = |writable| [Image::open(&disk, &OpenOptions { writable, ..OpenOptions::default() }).unwrap()];
+    let (options, monitor) = (ConvertOptions::default(), Monitor::new());
+    let target = dir.path().join("b.raw");
+    let source = open(true);
+    let errors = [
+        convert(&source, target.clone().into(), &options, &monitor).unwrap_err(),
+        convert_unnamed(&source, &target, &options, &monitor).err().unwrap(),
+    ];
+    for error in errors {
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.to_string().contains("a.qcow2"), "{error}");
+    }
+    assert!(!target.exists());
+    drop(source);
+    convert(&open(false), target.clone().into(), &options, &monitor).unwrap();
+    assert!(std::fs::read(&target).unwrap() == sample(1 << 20));
+}

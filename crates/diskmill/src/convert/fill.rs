@@ -16,6 +16,17 @@ const STEP: u64 = 2 << 20;
 /// Zeros that are written at once: between two of them the conversion can be cancelled.
 const ZERO_STEP: u64 = 1 << 30;
 
+/// How many threads fill `target`: no more than the memory suffices for.
+pub(super) fn threads(sources: &[Image], target: &Image, options: &ConvertOptions) -> usize {
+    // Each has what it read, which may be encrypted into a copy, and unpacked units of source and target with their payloads,
+    // which may be up to twice as long.
+    let units =
+        sources.iter().map(Image::packed_unit).max().unwrap_or(0).saturating_add(target.packed_unit());
+    let each = (2 * STEP).saturating_add(units.saturating_mul(3));
+    let fitting = usize::try_from(options.memory / each).unwrap_or(usize::MAX);
+    options.threads.unwrap_or_else(diskmill_io::cpus).min(fitting).max(1)
+}
+
 /// Writes the bytes of `sources`, one behind the other, into `target`. What lies behind them stays as it is. Returns what
 /// could not be read. Where fresh clusters come to lie depends on which thread is first.
 ///

@@ -65,6 +65,17 @@ pub enum Input<'a> {
     VmdkStream(Box<VmdkStream>),
 }
 
+impl Input<'_> {
+    /// Refuses images that may change meanwhile: what is read is looked up long before, and without the image's locks.
+    fn refuse_writable(&self) -> Result<()> {
+        let Self::Images(images) = self else { return Ok(()) };
+        images.iter().filter(|image| image.writer().is_some()).try_for_each(|image| {
+            let error = Error::unsupported("converting an image that is open for writing");
+            image.named(Err(error.hint("close it and open it for reading")))
+        })
+    }
+}
+
 impl<'a, T: AsRef<[Image]> + ?Sized> From<&'a T> for Input<'a> {
     fn from(images: &'a T) -> Self {
         Self::Images(images.as_ref())
@@ -126,7 +137,8 @@ pub struct Summary {
 /// written beside its final name and renamed when whole: after an error the old file is still there, or none.
 ///
 /// # Errors
-/// Any [`Kind`](crate::Kind). `Corrupt` for damage of the source, unless salvaging; `Cancelled` if `monitor` was cancelled.
+/// Any [`Kind`](crate::Kind). `Corrupt` for damage of the source, unless salvaging; `Cancelled` if `monitor` was cancelled;
+/// `Unsupported` for a source that is open for writing: its clusters might move while they are read.
 pub fn convert<'a>(
     input: impl Into<Input<'a>>,
     output: Output,
@@ -134,7 +146,9 @@ pub fn convert<'a>(
     monitor: &Monitor,
 ) -> Result<Summary> {
     let started = Instant::now();
-    let (summary, target) = run(input.into(), output, options, monitor, started, Naming::AtOnce)?;
+    let input = input.into();
+    input.refuse_writable()?;
+    let (summary, target) = run(input, output, options, monitor, started, Naming::AtOnce)?;
     target.map_or(Ok(()), |target| target.publish(options.sync))?;
     monitor.finish();
     Ok(Summary { seconds: started.elapsed().as_secs_f64(), ..summary })
@@ -151,7 +165,8 @@ pub fn convert_unnamed<'a>(
     options: &ConvertOptions,
     monitor: &Monitor,
 ) -> Result<(Summary, Unnamed)> {
-    let path = path.into();
+    let (input, path) = (input.into(), path.into());
+    input.refuse_writable()?;
     if !options.create {
         return Err(Error::invalid("an existing image has its name already").of(&path));
     }
@@ -160,7 +175,7 @@ pub fn convert_unnamed<'a>(
         return Err(Error::unsupported("an output that exists and is not a regular file").of(&path));
     }
     let output = Output::Path(path);
-    let (summary, target) = run(input.into(), output, options, monitor, Instant::now(), Naming::Later)?;
+    let (summary, target) = run(input, output, options, monitor, Instant::now(), Naming::Later)?;
     let target = target.ok_or_else(|| Error::invalid("an output without a file of its own"))?;
     monitor.finish();
     Ok((summary, Unnamed(target)))
@@ -327,7 +342,7 @@ fn fill_holding(
     let size = total_size(sources)?;
     target::fits(virtual_size, Some(size)).map_err(|error| error.of(path))?;
     monitor.start(size);
-    let threads = options.threads.unwrap_or_else(diskmill_io::cpus);
+    let threads = fill::threads(sources, &image, options);
     let bad = fill::fill(sources, image, &carried.bitmaps, options, threads, monitor)?;
     monitor.finish();
     Ok(Summary {

@@ -179,6 +179,11 @@ impl<'a> Planner<'a> {
             Input::VmdkStream(stream) => stream.grain_bytes(),
         };
         let unit = assembler.unit();
+        // What comes from a pipe cannot be read later.
+        let least = match &input {
+            Input::VmdkStream(stream) => GrainStep::new(stream, unit).room,
+            _ => 0,
+        };
         // Jobs begin at multiples of this, which must be ones of the unit.
         let job = JOB.max(unit).max(packed_unit.next_power_of_two());
         let source = match input {
@@ -212,7 +217,7 @@ impl<'a> Planner<'a> {
         let packed = if packed_unit == 0 { 0 } else { 2 * job + 4 * packed_unit };
         // What is packed goes into a buffer of the same size, and frames may be larger than their units.
         let framed = assembler.frame().map_or(0, |frame| job / unit * frame.room(unit as usize) as u64);
-        let least = framed.saturating_sub(job);
+        let least = least.max(framed.saturating_sub(job));
         // As many buffers as one worker needs must fit; payloads without room are read by themselves.
         let packs = options.compress.is_some() || assembler.frame().is_some();
         let room = (options.memory / Sizes::per_worker(packs)).checked_sub(job).filter(|&room| room >= least);
@@ -529,6 +534,21 @@ impl Job {
     }
 }
 
+/// The least part of a job of grains: one of them, or all those of a unit.
+struct GrainStep {
+    /// Guest bytes.
+    len: u64,
+    /// Room in the buffer that its payloads may need.
+    room: u64,
+}
+
+impl GrainStep {
+    fn new(stream: &VmdkStream, unit: u64) -> Self {
+        let len = unit.max(stream.grain_bytes());
+        Self { len, room: (len / stream.grain_bytes()).saturating_mul(stream.most_for_grain()) }
+    }
+}
+
 /// The next job of a stream: the payloads of its grains are read into the buffer here, and unpacked by the worker.
 fn load_grains(
     stream: &mut VmdkStream,
@@ -547,15 +567,22 @@ fn load_grains(
         *at = if next >= total { total } else { gap }.min(start.saturating_add(ZERO_STEP));
         return Ok(Some((start..*at, Work::Zero)));
     }
-    let end = start.saturating_add(sizes.job).min(total);
-    *at = end;
+    let mut end = (start - start % sizes.job).saturating_add(sizes.job).min(total);
+    let step = GrainStep::new(stream, sizes.unit);
     buf.set_len(buf.capacity());
     let mut job = Job::default();
     let (mut filled, mut room) = (start, sizes.job as usize);
-    while stream.next_guest().is_some_and(|guest| guest < end) {
+    while let Some(guest) = stream.next_guest().filter(|&guest| guest < end) {
+        let border = guest - guest % step.len;
+        let rest = buf.len().saturating_sub(room) as u64;
+        if rest < step.room && filled <= border && !job.packed.is_empty() {
+            // The next job has room for this one, and for all that belong to the same unit.
+            end = border;
+            break;
+        }
         let rest = buf.get_mut(room..).unwrap_or_default();
         let Some(payload) = stream.take(rest)? else {
-            return Err(Error::invalid("no room for the grains of a job"));
+            return Err(Error::invalid("a grain that is larger than grains may be"));
         };
         let dst = (payload.guest - start) as usize..(payload.guest - start) as usize + payload.used;
         if payload.guest > filled {
@@ -577,5 +604,6 @@ fn load_grains(
         job.fills.push((filled - start) as usize..(end - start) as usize);
     }
     job.buf_len = room;
+    *at = end;
     Ok(Some((start..end, Work::Read(job))))
 }

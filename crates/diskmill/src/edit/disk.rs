@@ -133,6 +133,25 @@ impl Disk {
         }
     }
 
+    /// Sees to it that a later write of the range finds room on the disk. `bytes` are what the range holds, or may hold from
+    /// now on: they are written where blocks cannot be reserved.
+    pub(crate) fn make_room(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.check()?;
+        if bytes.is_empty() || self.storage.is_block_device() {
+            return Ok(());
+        }
+        let reserved = self.storage.allocate(at, bytes.len() as u64);
+        self.durability.unsynced.store(true, Ordering::Release);
+        match reserved {
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => self.write(bytes, at),
+            Err(error) => Err(cannot("reserve blocks", at, error)),
+            Ok(()) => {
+                self.len.fetch_max(at.saturating_add(bytes.len() as u64), Ordering::AcqRel);
+                Ok(())
+            }
+        }
+    }
+
     /// A barrier: what was written before is durable when it returns.
     pub(crate) fn sync(&self) -> Result<()> {
         let durability = &self.durability;

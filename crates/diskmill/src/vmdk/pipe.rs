@@ -101,6 +101,12 @@ impl VmdkStream {
         self.geometry.grain_bytes
     }
 
+    /// Bytes of a buffer that [`take`](Self::take) needs at most.
+    pub(crate) const fn most_for_grain(&self) -> u64 {
+        // As `Marker::check_size` says, and padding.
+        self.geometry.grain_bytes.saturating_mul(2).saturating_add(SECTOR_BYTES)
+    }
+
     /// The guest offset of the next grain; `None` behind the last one.
     pub(crate) const fn next_guest(&self) -> Option<u64> {
         match self.next {

@@ -4,14 +4,20 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use diskmill_codec::is_zero;
+
 use crate::edit::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::reader::read_full;
+use crate::tables::SLICE;
 
 /// Bytes of metadata that are kept, unless more than that is waiting to be written.
 const CAPACITY: u64 = 16 << 20;
 /// Changed bytes at which the owner should write them.
 const MOST_DIRTY: u64 = CAPACITY / 2;
+/// What file systems give room for, in bytes: usually their block.
+const BLOCK: usize = 4 << 10;
+const _: () = assert!(SLICE as usize / BLOCK <= u16::BITS as usize, "a bit for each block of a slice");
 
 /// What a piece of metadata says, which decides when it may be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +33,8 @@ struct Slice {
     class: Class,
     /// The bytes that differ from the file.
     dirty: Range<usize>,
+    /// Which of its blocks are sure to have room in the file, a bit for each: tables may have holes.
+    roomy: u16,
     used: u64,
 }
 
@@ -48,7 +56,8 @@ impl Cache {
         Ok(Arc::clone(&self.slice(disk, at, len, class)?.bytes))
     }
 
-    /// The same bytes to be changed: those in `range`.
+    /// The same bytes to be changed: those in `range`. They find room in the file when they are written: a full disk is to
+    /// be met by the write of the guest that needs more, and not by all that comes with the next flush.
     pub(super) fn modify(
         &mut self,
         disk: &Disk,
@@ -58,6 +67,18 @@ impl Cache {
         range: Range<usize>,
     ) -> Result<&mut [u8]> {
         let slice = self.slice(disk, at, len, class)?;
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            let bit = 1u16.checked_shl(block as u32).unwrap_or(0);
+            if slice.roomy & bit == 0 {
+                // Not changed until now: these are the bytes of the file, which has no hole where they are not zeros.
+                let (start, end) = (block * BLOCK, ((block + 1) * BLOCK).min(slice.bytes.len()));
+                let there = slice.bytes.get(start..end).unwrap_or_default();
+                if is_zero(there) {
+                    disk.make_room(there, at + start as u64)?;
+                }
+                slice.roomy |= bit;
+            }
+        }
         let newly = slice.dirty.is_empty();
         slice.dirty = match newly {
             true => range,
@@ -70,14 +91,16 @@ impl Cache {
         Ok(Arc::make_mut(&mut slice.bytes))
     }
 
-    /// Takes `bytes` as what stands at `at`, whatever the file holds there.
+    /// Takes `bytes` as what stands at `at`, whatever the file holds there. The caller has made room for them, or
+    /// writes them at once.
     pub(super) fn put(&mut self, at: u64, bytes: Arc<[u8]>, class: Class) {
         self.forget(at..at.saturating_add(1));
         self.make_room();
         self.held += bytes.len() as u64;
         self.dirty += bytes.len() as u64;
         self.clock += 1;
-        self.slices.insert(at, Slice { dirty: 0..bytes.len(), bytes, class, used: self.clock });
+        self.slices
+            .insert(at, Slice { dirty: 0..bytes.len(), bytes, class, roomy: u16::MAX, used: self.clock });
     }
 
     /// Drops the slices that begin in `range`, changed or not: the clusters there are something else now.
@@ -145,7 +168,7 @@ impl Cache {
             let bytes = load(disk, at, len)?;
             self.make_room();
             self.held += len;
-            self.slices.insert(at, Slice { bytes, class, dirty: 0..0, used });
+            self.slices.insert(at, Slice { bytes, class, dirty: 0..0, roomy: 0, used });
         }
         let slice = self.slices.get_mut(&at).ok_or_else(|| Error::invalid("a slice vanished"))?;
         if slice.class != class || slice.bytes.len() as u64 != len {

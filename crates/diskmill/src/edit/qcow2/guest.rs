@@ -37,6 +37,7 @@ struct Target {
     zeroed: bool,
 }
 
+#[derive(Clone, Copy)]
 struct Link {
     new: Entry,
     old: Entry,
@@ -94,10 +95,7 @@ impl Qcow2Writer {
         let written = self.write_targets(image, &buf, &range, &targets);
         let mut meta = self.meta();
         match written {
-            Ok(()) => targets
-                .iter()
-                .filter_map(|target| Some((target.guest, target.link.as_ref()?)))
-                .try_for_each(|(guest, link)| meta.replace(guest, link.old, link.new)),
+            Ok(()) => meta.link(&targets),
             Err(error) => {
                 meta.give_back(&targets);
                 Err(error)
@@ -466,6 +464,20 @@ impl Meta {
         // those that followed may have turned out to have a place of their own.
         for index in 0..spare.clusters {
             self.lower(spare.host + index * size)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the entries point to what was written.
+    fn link(&mut self, targets: &[Target]) -> Result<()> {
+        for (index, target) in targets.iter().enumerate() {
+            let Some(Link { new, old }) = target.link else { continue };
+            if let Err(error) = self.set_entry(target.guest, new) {
+                // The disk may have no room for a table.
+                self.give_back(targets.get(index..).unwrap_or_default());
+                return Err(error);
+            }
+            self.release_replaced(old, new)?;
         }
         Ok(())
     }

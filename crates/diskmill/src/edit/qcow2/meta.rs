@@ -153,13 +153,15 @@ impl Meta {
         }
     }
 
-    /// Puts a new table of one cluster in memory, which nothing in the file points to.
-    pub(super) fn put_fresh(&mut self, host: u64, bytes: &[u8], class: Class) {
+    /// Puts a new table of one cluster in memory, which nothing in the file points to. The file has room for it then.
+    pub(super) fn put_fresh(&mut self, host: u64, bytes: &[u8], class: Class) -> Result<()> {
+        self.disk.make_room(bytes, host)?;
         self.fresh.insert(host);
         let size = self.slice_size();
         for (at, slice) in (host..).step_by(size as usize).zip(bytes.chunks(size as usize)) {
             self.cache.put(at, slice.into(), class);
         }
+        Ok(())
     }
 
     /// All bytes of a table of one cluster.

@@ -16,6 +16,7 @@ mod tables;
 mod width;
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use diskmill_format::qcow2::{CryptMethod, HeaderArea, feature};
@@ -51,6 +52,8 @@ pub(crate) struct Qcow2Writer {
     aes: Option<LegacyAes>,
     ranges: RangeLocks,
     meta: Mutex<Meta>,
+    /// How many packed payloads were written: what a reader has unpacked may be gone when there are more.
+    payloads: AtomicU64,
     recorder: Recorder,
     /// Unallocated clusters show a backing file.
     backed: bool,
@@ -103,6 +106,7 @@ impl Qcow2Writer {
             disk,
             ranges: RangeLocks::default(),
             meta: Mutex::new(meta),
+            payloads: AtomicU64::new(0),
             backed,
             raw_data,
             ids,

@@ -1,6 +1,7 @@
 //! The guest's writes of packed (compressed) clusters.
 
 use std::borrow::Cow;
+use std::sync::atomic::Ordering;
 
 use diskmill_codec::{Codec, Packer};
 use diskmill_format::HostOffset;
@@ -31,6 +32,11 @@ impl Qcow2Writer {
         self.takes_packed().ok()?;
         let meta = self.meta();
         Some((codec_of(meta.area.header.compression), meta.cluster_size()))
+    }
+
+    /// Packed payloads that were written until now.
+    pub(crate) fn payloads_written(&self) -> u64 {
+        self.payloads.load(Ordering::Acquire)
     }
 
     /// Writes whole clusters, the last of which the end of the disk may cut, packed; plain where that is not smaller.
@@ -90,6 +96,8 @@ impl Qcow2Writer {
         let mut meta = self.meta();
         meta.relieve()?;
         let host = meta.place_packed(payload.len() as u64)?;
+        // Nobody reads that place now, and what was there is not to be taken for what comes there.
+        self.payloads.fetch_add(1, Ordering::AcqRel);
         let cluster = Cluster::Compressed(CompressedRef { host, len: payload.len() as u32 });
         let written = meta.disk.write(payload, host.get());
         let linked = written.and_then(|()| meta.exchange(guest, Entry { cluster, copied: false }));

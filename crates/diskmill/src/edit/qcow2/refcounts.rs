@@ -210,8 +210,8 @@ impl Meta {
         }
         let cluster = region.saturating_mul(self.per_block());
         self.reach(cluster + 1)?;
-        let host = self.taken(cluster, 1).host;
-        self.new_block(index, host);
+        self.new_block(index, cluster << self.geometry.cluster_bits())?;
+        self.taken(cluster, 1);
         self.set_count(cluster, 1)
     }
 
@@ -225,7 +225,15 @@ impl Meta {
         Ok(region as usize)
     }
 
-    fn new_block(&mut self, index: usize, host: u64) {
+    fn new_block(&mut self, index: usize, host: u64) -> Result<()> {
+        let table = u64::from(self.area.header.refcount_table_clusters) * self.cluster_size();
+        let byte = index as u64 * 8;
+        if self.switch.is_none() && byte < table {
+            // There is no entry yet: zeros. A table that has become too small is written anew by the commit.
+            self.disk.make_room(&[0; 8], self.area.header.refcount_table_offset.get() + byte)?;
+        }
+        let zeros = vec![0; self.cluster_size() as usize];
+        self.put_fresh(host, &zeros, Class::Refcounts)?;
         if self.blocks.len() <= index {
             self.blocks.resize(index + 1, 0);
         }
@@ -233,8 +241,7 @@ impl Meta {
             *block = host;
         }
         self.new_blocks.push(index);
-        let zeros = vec![0; self.cluster_size() as usize];
-        self.put_fresh(host, &zeros, Class::Refcounts);
+        Ok(())
     }
 
     /// Sees to it that the block of `region` may be changed.
@@ -251,9 +258,9 @@ impl Meta {
                 };
                 // Taking the cluster first would come back here for the block that counts it.
                 let host = self.bump(1)?.host;
-                self.new_block(index, host);
+                self.new_block(index, host)?;
                 if let Some(bytes) = bytes {
-                    self.put_fresh(host, &bytes, Class::Refcounts);
+                    self.put_fresh(host, &bytes, Class::Refcounts)?;
                 }
                 self.set_count(host >> self.geometry.cluster_bits(), 1)?;
                 if old != 0 { self.change_count(old >> self.geometry.cluster_bits(), -1) } else { Ok(()) }

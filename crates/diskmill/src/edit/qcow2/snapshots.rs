@@ -185,7 +185,7 @@ impl Meta {
     fn relocate_table(&mut self, host: u64) -> Result<u64> {
         let bytes = self.whole(host, Class::Mapping)?;
         let new = self.take_behind_all(1)?.host;
-        self.put_fresh(new, &bytes, Class::Mapping);
+        self.put_fresh(new, &bytes, Class::Mapping)?;
         self.change_count(host >> self.geometry.cluster_bits(), -1)?;
         Ok(new)
     }

@@ -134,6 +134,11 @@ impl Meta {
     /// Puts `new` in the place of `old` at guest offset `guest`, and gives up what that had.
     pub(super) fn replace(&mut self, guest: u64, old: Entry, new: Entry) -> Result<()> {
         self.set_entry(guest, new)?;
+        self.release_replaced(old, new)
+    }
+
+    /// Gives up what `old` had, in whose place `new` is now.
+    pub(super) fn release_replaced(&mut self, old: Entry, new: Entry) -> Result<()> {
         // Compressed payloads always go: no entry takes one over.
         let stays = old.cluster_host().is_some_and(|host| new.cluster_host() == Some(host));
         if stays { Ok(()) } else { self.release(old) }
@@ -156,8 +161,13 @@ impl Meta {
             None => vec![0; self.cluster_size() as usize],
         };
         let host = self.allocate(1)?.host;
-        self.put_fresh(host, &bytes, Class::Mapping);
-        self.set_l1_entry(self.active(), index, Some(Table { host, copied: true }))?;
+        let placed = self.put_fresh(host, &bytes, Class::Mapping);
+        let shown = Some(Table { host, copied: true });
+        if let Err(error) = placed.and_then(|()| self.set_l1_entry(self.active(), index, shown)) {
+            // At worst the cluster is leaked.
+            let _ = self.lower(host);
+            return Err(error);
+        }
         if let Some(table) = old {
             self.lower(table.host)?;
         }
