@@ -1,7 +1,8 @@
 //! `qemu-img create`.
 
+use std::ffi::OsStr;
 use std::io::{Write, stdout};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use diskmill::create::{CreateOptions, create, create_luks};
 use diskmill::{Error, Image, Kind, OpenOptions};
@@ -14,7 +15,7 @@ use super::opts::{Dict, join};
 use super::size::size;
 use super::target::{luks_options, target_format};
 use super::{Fail, Outcome, messages};
-use crate::names::resolved;
+use crate::names::resolved_path;
 use crate::options::asks_for_help;
 
 /// Options that are shown although the user did not give them.
@@ -53,7 +54,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let driver = Driver::creating(&format).map_err(failed)?;
     let path = local_path(file).map_err(failed)?;
     let dict = options(&args, driver, lists.as_deref(), wanted).map_err(failed)?;
-    let dict = with_backing(&args, &name, dict).map_err(failed)?;
+    let dict = with_backing(&args, file, dict).map_err(failed)?;
     if dict.get("size").is_none() {
         return Err(failed("Image creation needs a size parameter".to_owned()));
     }
@@ -93,12 +94,12 @@ fn options(args: &Args, driver: Driver, lists: Option<&str>, size: Option<u64>) 
 }
 
 /// Looks at the backing file, which gives the size if the user does not.
-fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String> {
+fn with_backing(args: &Args, file: &OsStr, mut dict: Dict) -> Result<Dict, String> {
     let Some(backing) = dict.get("backing_file").map(str::to_owned) else { return Ok(dict) };
     if backing.is_empty() {
         return Err("Expected backing file name, got empty string".to_owned());
     }
-    if backing == name {
+    if file == backing.as_str() {
         return Err("Error: Trying to create an image with the same filename as the backing file".to_owned());
     }
     let named = dict.get("backing_fmt").map(str::to_owned);
@@ -108,7 +109,7 @@ fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String>
             None => Err("Backing file specified without backing format".to_owned()),
         };
     }
-    let image = open_backing(&resolved(name, &backing), named.as_deref())
+    let image = open_backing(&resolved_path(file.as_ref(), &backing), named.as_deref())
         .map_err(|reason| format!("{reason}\nCould not open backing image."))?;
     if named.is_none() {
         let found = image.info().format.name();
@@ -120,19 +121,18 @@ fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String>
     Ok(dict)
 }
 
-fn open_backing(path: &str, format: Option<&str>) -> Result<Image, String> {
-    let path = PathBuf::from(path);
-    let mut node = Node::named(&path);
+fn open_backing(path: &Path, format: Option<&str>) -> Result<Image, String> {
+    let mut node = Node::named(path);
     node.format = format.map(format_named).transpose()?;
     let options = OpenOptions { force_share: true, ..node.options() };
     // Nothing of its data is looked at.
     let locked = |error| match Error::lacks_passphrase(&error) {
-        true => Image::open(&path, &OpenOptions { metadata_only: true, ..options.clone() }),
+        true => Image::open(path, &OpenOptions { metadata_only: true, ..options.clone() }),
         false => Err(error),
     };
-    Image::open(&path, &options)
+    Image::open(path, &options)
         .or_else(locked)
-        .map_err(|error| messages::cannot_open(&error, &path, node.format))
+        .map_err(|error| messages::cannot_open(&error, path, node.format))
 }
 
 fn make(

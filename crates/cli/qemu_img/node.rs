@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret, parse_size};
 
-use super::getopt::Args;
+use super::getopt::{Args, not_text};
 use super::object::Secrets;
 use super::opts::Dict;
 use super::{Fail, Outcome, messages};
 use crate::args::CacheMode;
-use crate::names::resolved;
+use crate::names::resolved_path;
 
 /// Options of QEMU's block layer that any node takes and that change nothing here.
 const GENERIC: [&str; 9] = [
@@ -68,7 +68,8 @@ impl Context {
             return Err(Fail::new("--image-opts and --format are mutually exclusive"));
         }
         let node = if self.image_opts {
-            Node::from_dict(given, Dict::from_list(&given.to_string_lossy()), &self.secrets)
+            let list = given.to_str().ok_or_else(|| not_text("the list of options", given));
+            list.and_then(|list| Node::from_dict(given, Dict::from_list(list), &self.secrets))
         } else {
             Node::from_name(given, self.format.as_deref(), &self.secrets)
         };
@@ -161,8 +162,9 @@ impl Node {
     }
 
     fn from_name(given: &OsStr, format: Option<&str>, secrets: &Secrets) -> Result<Self, String> {
-        if let Some(json) = given.as_bytes().strip_prefix(b"json:") {
-            let mut dict = Dict::from_json(&String::from_utf8_lossy(json))?;
+        if given.as_bytes().starts_with(b"json:") {
+            let text = given.to_str().ok_or_else(|| not_text("the JSON text", given))?;
+            let mut dict = Dict::from_json(text.strip_prefix("json:").unwrap_or(text))?;
             if let Some(format) = format {
                 if dict.get("driver").is_some_and(|driver| driver != format) {
                     return Err("Driver specified twice".to_owned());
@@ -350,7 +352,7 @@ impl Node {
         let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let Some(wanted) = &self.backing else { return Ok(()) };
         let own = image.info().backing_name.as_deref();
-        let own = own.map(|name| canonical(resolved(&self.path.to_string_lossy(), name).as_ref()));
+        let own = own.map(|name| canonical(&resolved_path(&self.path, name)));
         if own == Some(canonical(wanted)) {
             return Ok(());
         }
