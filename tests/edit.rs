@@ -48,6 +48,25 @@ fn images_are_created() {
 }
 
 #[test]
+fn files_beside_a_fresh_image_are_replaced_only_by_force() {
+    let dir = scratch();
+    let dir = dir.path();
+    for (name, line) in [
+        ("user.raw", "create -f qcow2 -o data_file=user.raw,data_file_raw=on a.qcow2 64M"),
+        ("v-flat.vmdk", "create -f vmdk -o subformat=monolithicFlat v.vmdk 1M"),
+        ("w-s002.vmdk", "create -f vmdk -o subformat=twoGbMaxExtentSparse w.vmdk 3G"),
+    ] {
+        let kept = || std::fs::read(dir.join(name)).unwrap() == b"keep";
+        std::fs::write(dir.join(name), "keep").unwrap();
+        refused(dir, line, 1, &format!("{name}\" exists: --force replaces it"));
+        assert!(kept(), "{line}");
+        ok(dir, &line.replace("create", "create --force"));
+        assert!(!kept(), "{line}");
+    }
+    assert!(!dir.join("w-s003.vmdk").exists());
+}
+
+#[test]
 fn disks_are_resized() {
     let dir = scratch();
     let dir = dir.path();

@@ -1,5 +1,7 @@
 //! Fresh, empty images.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use diskmill_io::PendingFile;
@@ -7,8 +9,8 @@ use diskmill_io::PendingFile;
 use crate::convert::{ConvertOptions, Input, Monitor, Output, TargetFormat, convert};
 use crate::edit::{Disk, Preallocation};
 use crate::error::{Error, Result};
-use crate::image::Image;
-use crate::qcow2::{Encryption, EncryptionOptions};
+use crate::image::{Image, resolve};
+use crate::qcow2::{Encryption, EncryptionOptions, Qcow2Options};
 
 /// What a fresh image is to be.
 #[derive(Debug, Clone)]
@@ -19,6 +21,36 @@ pub struct CreateOptions {
     pub size: u64,
     /// Do not look for the backing file of a qcow2 image (`qemu-img create -u`).
     pub trust_backing: bool,
+}
+
+impl CreateOptions {
+    /// The files that [`create`] makes for an image at `path`, and replaces where they exist: the image, its external
+    /// data file, its extents.
+    ///
+    /// # Errors
+    /// As [`create`], for a size or names that it would refuse.
+    pub fn files(&self, path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+        let path = path.as_ref();
+        let mut files = vec![path.to_owned()];
+        match &self.format {
+            TargetFormat::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
+                files.push(resolve(name.as_bytes(), path, "external data file")?);
+            }
+            TargetFormat::Vmdk(vmdk) => {
+                let name = path.file_name().unwrap_or_default().as_bytes();
+                let extents = vmdk.extent_files(name, Some(self.whole_size()?))?;
+                files.extend(extents.iter().map(|extent| path.with_file_name(OsStr::from_bytes(extent))));
+            }
+            _ => {}
+        }
+        Ok(files)
+    }
+
+    /// The size in whole sectors.
+    fn whole_size(&self) -> Result<u64> {
+        let size = self.size.checked_next_multiple_of(512).filter(|&size| size <= i64::MAX as u64);
+        size.ok_or_else(|| Error::invalid(format!("a disk of {} bytes", self.size)))
+    }
 }
 
 /// Makes a plain LUKS container at `path`, without an image format inside: header and key material, and behind them the
@@ -59,11 +91,7 @@ pub fn create_luks(
 /// [`Kind::Limit`](crate::Kind::Limit) for a size that the format cannot have,
 /// [`Kind::Busy`](crate::Kind::Busy) if the file is in use, [`Kind::Io`](crate::Kind::Io).
 pub fn create(path: impl Into<PathBuf>, options: &CreateOptions) -> Result<()> {
-    let size = options
-        .size
-        .checked_next_multiple_of(512)
-        .filter(|&size| size <= i64::MAX as u64)
-        .ok_or_else(|| Error::invalid(format!("a disk of {} bytes", options.size)))?;
+    let size = options.whole_size()?;
     let convert_options = ConvertOptions {
         format: options.format.clone(),
         trust_backing: options.trust_backing,
