@@ -11,6 +11,7 @@ use diskmill::{Allow, Format, Image, OpenOptions, OpenPolicy, parse_size};
 use crate::exit::{Exit, Failure};
 use crate::names::telling_ending;
 use crate::options::{asks_for_help, help, split};
+use crate::signals::Watch;
 use crate::size::human_size;
 
 const EXAMPLES: &str = "\
@@ -101,6 +102,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
     if let Some(file) = files.iter().find(|file| file.exists() && !args.force) {
         return Err(Failure::failed(format!("{file:?} exists: --force replaces it")));
     }
+    let _watch = Watch::ending()?;
     create(file, &options).map_err(Failure::of_request)?;
     if !args.quiet {
         writeln!(io::stdout(), "{name}, {} ({size} bytes)", human_size(size))?;

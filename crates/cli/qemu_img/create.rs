@@ -17,6 +17,7 @@ use super::target::{luks_options, target_format};
 use super::{Fail, Outcome, messages};
 use crate::names::resolved_path;
 use crate::options::asks_for_help;
+use crate::signals::Watch;
 
 /// Options that are shown although the user did not give them.
 const SHOWN_DEFAULTS: [(&str, &[(&str, &str)]); 2] = [
@@ -61,6 +62,7 @@ pub(super) fn run(args: Args) -> Outcome {
     if !args.has("quiet") {
         writeln!(stdout(), "Formatting '{name}', fmt={format}{}", driver.line(&dict))?;
     }
+    let _watch = Watch::ending()?;
     make(&path, driver, &dict, &secrets, args.has("backing-unsafe")).map_err(failed)?;
     Ok(0)
 }

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 
-use diskmill::convert::{ConvertOptions, Input, Monitor, Output, convert};
+use diskmill::convert::{ConvertOptions, Input, Output, convert};
 
 use super::drivers::Driver;
 use super::getopt::Args;
@@ -11,7 +11,7 @@ use super::node::{Context, local_path};
 use super::opts::Dict;
 use super::size::{size, size_between};
 use super::target::target_format;
-use super::{Fail, Outcome, messages, report};
+use super::{Fail, Outcome, messages, report, watched};
 
 /// What stands in front of the file names: `if=`, `of=`, `bs=`, `count=` and `skip=`.
 #[derive(Debug, Default)]
@@ -78,7 +78,9 @@ pub(super) fn run(args: Args) -> Outcome {
     };
     let path = local_path(output).map_err(failed)?;
     let options = ConvertOptions { format, ..ConvertOptions::default() };
-    convert(Input::Images(&[image]), Output::Path(path.clone()), &options, &Monitor::new())
-        .map_err(|error| failed(messages::cannot_create(&error, &path)))?;
+    let done = watched(&args, |monitor| {
+        convert(Input::Images(&[image]), Output::Path(path.clone()), &options, monitor)
+    })?;
+    done.map_err(|error| failed(messages::cannot_create(&error, &path)))?;
     Ok(0)
 }
