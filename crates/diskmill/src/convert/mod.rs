@@ -26,7 +26,7 @@ use std::time::Instant;
 use diskmill_codec::Codec;
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
-pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
+pub(crate) use assembler::{Assembler, Finish, Frame, RUN, TargetFile, Unit, WriteOp};
 pub use bitmaps::CarryBitmaps;
 pub use monitor::Monitor;
 pub use options::{Compression, ConvertOptions, RawOptions, Reflink, TargetFormat};

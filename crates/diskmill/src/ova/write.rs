@@ -129,6 +129,10 @@ impl Assembler for OvaAssembler {
         self.disk.skip(run, out)
     }
 
+    fn longest_zero(&self) -> u64 {
+        self.disk.longest_zero()
+    }
+
     fn check_size(&self, size: u64) -> Result<()> {
         self.disk.check_size(size)
     }
