@@ -1,9 +1,12 @@
 //! `qemu-img create`.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{Write, stdout};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
+use diskmill::convert::{ConvertOptions, Monitor, convert};
 use diskmill::create::{CreateOptions, create, create_luks};
 use diskmill::{Error, Image, Kind, OpenOptions};
 
@@ -18,6 +21,8 @@ use super::{Fail, Outcome, messages};
 use crate::names::resolved_path;
 use crate::options::asks_for_help;
 use crate::signals::Watch;
+
+const SECTOR: u64 = 512;
 
 /// Options that are shown although the user did not give them.
 const SHOWN_DEFAULTS: [(&str, &[(&str, &str)]); 2] = [
@@ -137,6 +142,20 @@ fn open_backing(path: &Path, format: Option<&str>) -> Result<Image, String> {
         .map_err(|error| messages::cannot_open(&error, path, node.format))
 }
 
+/// Makes a raw disk of a device: as QEMU, all but the first sector, which may hold an image's header, stays as it is.
+fn clear_start(path: &Path, size: u64) -> Result<(), String> {
+    let fill = |len: u64, target_is_zero: bool| {
+        let options = ConvertOptions { create: false, target_is_zero, ..ConvertOptions::default() };
+        convert(&[Image::zeros(len)], path.into(), &options, &Monitor::new())
+    };
+    // Nothing is written to what is zero; the sizes are compared.
+    fill(size, true).and_then(|_| fill(SECTOR, false)).map(drop).map_err(|error| match error.kind() {
+        Kind::Invalid => "Cannot grow device files".to_owned(),
+        Kind::Busy => messages::cannot_open(&error, path, None),
+        _ => messages::cannot_create(&error, path),
+    })
+}
+
 fn make(
     path: &Path,
     driver: Driver,
@@ -151,6 +170,12 @@ fn make(
             .map_err(|error| messages::cannot_create(&error, path));
     }
     let format = target_format(driver, dict, secrets)?;
+    if driver.name == "raw" && fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device()) {
+        return match dict.get("preallocation") {
+            Some(mode) if mode != "off" => Err(format!("Unsupported preallocation mode '{mode}'")),
+            _ => clear_start(path, size),
+        };
+    }
     let options = CreateOptions { format, size, trust_backing };
     create(path, &options).map_err(|error| match error.kind() {
         Kind::Limit => {
