@@ -67,6 +67,18 @@ fn files_beside_a_fresh_image_are_replaced_only_by_force() {
 }
 
 #[test]
+fn an_ova_has_a_disk_with_bytes() {
+    let dir = scratch();
+    std::fs::write(dir.path().join("none.raw"), "").unwrap();
+    refused(dir.path(), "convert -f raw -O ova none.raw none.ova", 1, "an OVA with a disk of no bytes");
+    assert!(!dir.path().join("none.ova").exists());
+    for format in ["vmdk", "vmdk -o subformat=streamOptimized", "vmdk -o subformat=monolithicFlat"] {
+        ok(dir.path(), &format!("convert -f raw -O {format} none.raw none.vmdk"));
+        ok(dir.path(), "convert -f vmdk -O raw none.vmdk back.raw");
+    }
+}
+
+#[test]
 fn disks_are_resized() {
     let dir = scratch();
     let dir = dir.path();
