@@ -263,6 +263,9 @@ fn fresh_images_are_the_same() {
         ("create -f vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=lsilogic f.vmdk 3M", "f.vmdk", "vmdk"),
         ("create -f vmdk -b a.vmdk -F vmdk f.vmdk", "f.vmdk", "vmdk"),
         ("create -q -f qcow2 f.qcow2 0", "f.qcow2", "qcow2"),
+        ("create -f qcow2 -o nocow=on f.qcow2 +1M", "f.qcow2", "qcow2"),
+        ("create -f raw -o nocow=on f.raw +.5M", "f.raw", "raw"),
+        ("create -f vmdk -o nocow=on,size=+1M f.vmdk", "f.vmdk", "vmdk"),
     ] {
         pair.same(line);
         pair.same_disk(name, format);
@@ -289,6 +292,8 @@ fn conversions_leave_the_same_disk() {
         ("convert -q -p -f qcow2 -O raw top.qcow2 b.raw", "b.raw", "raw"),
         ("convert -O qcow2 -c -o compression_type=zstd,cluster_size=4k a.raw b.qcow2", "b.qcow2", "qcow2"),
         ("convert -O vmdk -o subformat=streamOptimized a.raw b.vmdk", "b.vmdk", "vmdk"),
+        ("convert -c -O vmdk a.raw b.vmdk", "b.vmdk", "vmdk"),
+        ("convert -c -O vmdk -o subformat=twoGbMaxExtentSparse a.raw b.vmdk", "b.vmdk", "vmdk"),
         ("convert -l first base.qcow2 b.raw", "b.raw", "raw"),
         ("convert -l snapshot.name=first -O qcow2 base.qcow2 b.qcow2", "b.qcow2", "qcow2"),
         ("convert -n a.raw b.raw", "b.raw", "raw"),

@@ -4,11 +4,12 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret, parse_size};
+use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret};
 
 use super::getopt::{Args, not_text};
 use super::object::Secrets;
 use super::opts::Dict;
+use super::size::bytes;
 use super::{Fail, Outcome, messages};
 use crate::args::CacheMode;
 use crate::names::resolved_path;
@@ -238,8 +239,7 @@ impl Node {
     fn of_zeros(given: &OsStr, mut dict: Dict) -> Result<Self, String> {
         let mut node = Self::at(given, PathBuf::from("null-co://"));
         let size = dict.take("size").map_or(Ok(1 << 30), |text| {
-            parse_size(&text)
-                .map_err(|_| "Parameter 'size' expects a non-negative number below 2^64".to_owned())
+            bytes(&text).map_err(|_| "Parameter 'size' expects a non-negative number below 2^64".to_owned())
         })?;
         if dict.take("read-zeroes").as_deref() != Some("on") {
             return Err("a null-co node without read-zeroes is not supported".to_owned());
@@ -280,7 +280,7 @@ impl Node {
 
     fn take_window(&mut self, dict: &mut Dict) -> Result<(), String> {
         let mut size = |name: &str| match dict.take(name) {
-            Some(text) => parse_size(&text)
+            Some(text) => bytes(&text)
                 .map(Some)
                 .map_err(|_| format!("Parameter '{name}' expects a non-negative number below 2^64")),
             None => Ok(None),
