@@ -82,6 +82,40 @@ fn a_device_is_written_in_place_and_old_bytes_do_not_show() {
 }
 
 #[test]
+fn fresh_raw_disks_on_a_device() {
+    let dir = scratch();
+    let dir = dir.path();
+    let device = || {
+        std::fs::write(dir.join("disk"), vec![0xee; 4 << 20]).unwrap();
+        Loop::over(&dir.join("disk"))
+    };
+    let cleared = |device: Loop| {
+        device.detach();
+        let got = std::fs::read(dir.join("disk")).unwrap();
+        let zeros = got.iter().take_while(|&&byte| byte == 0).count();
+        assert!(got[zeros..].iter().all(|&byte| byte == 0xee));
+        zeros
+    };
+    let img = |words: &[&str], device: &Loop, size: &str| {
+        let cmd = diskmill().cmd(["qemu-img", "create"]).args(words);
+        cmd.args([&device.0, size]).run()
+    };
+    // As QEMU: only what may be an old header.
+    let Some(disk) = device() else { return };
+    let refused = img(&["-f", "raw"], &disk, "5M");
+    assert!(refused.code == Some(1) && refused.err().contains("Cannot grow device files"), "{refused}");
+    let refused = img(&["-f", "raw", "-o", "preallocation=full"], &disk, "3M");
+    assert!(refused.err().contains("Unsupported preallocation mode 'full'"), "{refused}");
+    assert_eq!(img(&["-f", "raw"], &disk, "3M").code, Some(0));
+    assert_eq!(cleared(disk), 512);
+
+    let Some(disk) = device() else { return };
+    diskmill().cmd(["create", "-f", "raw", &disk.0, "3M"]).fails(1).says(&["--force"]);
+    diskmill().cmd(["create", "--force", "-f", "raw", &disk.0, "3M"]).ok();
+    assert_eq!(cleared(disk), 3 << 20);
+}
+
+#[test]
 fn a_device_that_is_too_small_is_refused_before_anything_is_written() {
     let dir = scratch();
     let dir = dir.path();

@@ -48,6 +48,37 @@ fn images_are_created() {
 }
 
 #[test]
+fn files_beside_a_fresh_image_are_replaced_only_by_force() {
+    let dir = scratch();
+    let dir = dir.path();
+    for (name, line) in [
+        ("user.raw", "create -f qcow2 -o data_file=user.raw,data_file_raw=on a.qcow2 64M"),
+        ("v-flat.vmdk", "create -f vmdk -o subformat=monolithicFlat v.vmdk 1M"),
+        ("w-s002.vmdk", "create -f vmdk -o subformat=twoGbMaxExtentSparse w.vmdk 3G"),
+    ] {
+        let kept = || std::fs::read(dir.join(name)).unwrap() == b"keep";
+        std::fs::write(dir.join(name), "keep").unwrap();
+        refused(dir, line, 1, &format!("{name}\" exists: --force replaces it"));
+        assert!(kept(), "{line}");
+        ok(dir, &line.replace("create", "create --force"));
+        assert!(!kept(), "{line}");
+    }
+    assert!(!dir.join("w-s003.vmdk").exists());
+}
+
+#[test]
+fn an_ova_has_a_disk_with_bytes() {
+    let dir = scratch();
+    std::fs::write(dir.path().join("none.raw"), "").unwrap();
+    refused(dir.path(), "convert -f raw -O ova none.raw none.ova", 1, "an OVA with a disk of no bytes");
+    assert!(!dir.path().join("none.ova").exists());
+    for format in ["vmdk", "vmdk -o subformat=streamOptimized", "vmdk -o subformat=monolithicFlat"] {
+        ok(dir.path(), &format!("convert -f raw -O {format} none.raw none.vmdk"));
+        ok(dir.path(), "convert -f vmdk -O raw none.vmdk back.raw");
+    }
+}
+
+#[test]
 fn disks_are_resized() {
     let dir = scratch();
     let dir = dir.path();

@@ -56,7 +56,11 @@ impl Slow {
 
     /// Starts it and returns when its temporary file is there.
     fn started(&self) -> Running {
-        let run = self.cmd().spawn();
+        self.start(self.cmd())
+    }
+
+    fn start(&self, cmd: Cmd) -> Running {
+        let run = cmd.spawn();
         let since = Instant::now();
         while names(&self.out()).len() < 2 {
             assert!(since.elapsed() < Duration::from_secs(10), "no temporary file in sight");
@@ -81,6 +85,24 @@ fn interrupts_end_with_a_message_and_leave_nothing() {
         let out = run.wait().expect_code(code);
         assert!(sent.elapsed() < Duration::from_secs(5), "slow to stop: {out}");
         out.says(&["interrupt", "cancel", "signal"]);
+        slow.old_file_is_kept();
+        assert_eq!(names(&slow.out()), ["a.qcow2"], "{out}");
+    }
+}
+
+#[test]
+fn interrupted_fresh_images_leave_nothing() {
+    let slow = Slow::new();
+    let full = "create -f qcow2 -o preallocation=full out/a.qcow2 8G";
+    for line in [
+        full.replace("create", "create --force"),
+        format!("qemu-img {full}"),
+        "qemu-img dd -O qcow2 bs=512 if=in.raw of=out/a.qcow2".to_owned(),
+    ] {
+        let run = slow.start(diskmill().cmd(line.split(' ')).dir(slow.0.path()));
+        run.signal(Signal::TERM);
+        let out = run.wait().expect_code(143);
+        out.says(&["interrupt"]);
         slow.old_file_is_kept();
         assert_eq!(names(&slow.out()), ["a.qcow2"], "{out}");
     }
@@ -122,16 +144,23 @@ fn a_running_conversion_is_not_cleaned_up_by_another() {
 #[test]
 fn a_file_size_limit_is_an_error() {
     let slow = Slow::new();
-    // 1 MiB (blocks of 1024 bytes); the signal is ignored so that write fails with EFBIG.
-    let launcher = ["bash", "-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "limit"];
+    // 1 MiB (blocks of 1024 bytes).
+    let limited = ["bash", "-c", "ulimit -f 1024; exec \"$@\"", "limit"];
+    let ignored = ["bash", "-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "limit"];
     for more in [&["-O", "raw"][..], &["-O", "qcow2"], &["-O", "qcow2", "-c"]] {
-        let cmd = diskmill().cmd(["convert", "-f", "raw"]).args(more);
-        let out = cmd.args(["in.raw", "out/a.qcow2"]).dir(slow.0.path()).under(launcher).fails(1);
-        out.no_panic();
-        out.says(&["too large", "limit"]);
-        slow.old_file_is_kept();
-        assert_eq!(names(&slow.out()), ["a.qcow2"], "{out}");
+        for launcher in [limited, ignored] {
+            let cmd = diskmill().cmd(["convert", "-f", "raw"]).args(more);
+            let out = cmd.args(["in.raw", "out/a.qcow2"]).dir(slow.0.path()).under(launcher).fails(1);
+            out.no_panic();
+            out.says(&["too large", "limit"]);
+            slow.old_file_is_kept();
+            assert_eq!(names(&slow.out()), ["a.qcow2"], "{out}");
+        }
     }
+    let dd = diskmill().cmd(["qemu-img", "dd", "bs=1M", "if=in.raw", "of=out/a.qcow2"]);
+    dd.dir(slow.0.path()).under(limited).fails(1).says(&["too large", "limit"]);
+    slow.old_file_is_kept();
+    assert_eq!(names(&slow.out()), ["a.qcow2"]);
 }
 
 /// A tmpfs of 4 MiB.

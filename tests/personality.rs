@@ -4,6 +4,8 @@
 #[path = "support/pair.rs"]
 mod pair;
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
 
 use diskmill_testkit::{Cmd, Oracle, scratch};
@@ -261,6 +263,9 @@ fn fresh_images_are_the_same() {
         ("create -f vmdk -o subformat=twoGbMaxExtentFlat,adapter_type=lsilogic f.vmdk 3M", "f.vmdk", "vmdk"),
         ("create -f vmdk -b a.vmdk -F vmdk f.vmdk", "f.vmdk", "vmdk"),
         ("create -q -f qcow2 f.qcow2 0", "f.qcow2", "qcow2"),
+        ("create -f qcow2 -o nocow=on f.qcow2 +1M", "f.qcow2", "qcow2"),
+        ("create -f raw -o nocow=on f.raw +.5M", "f.raw", "raw"),
+        ("create -f vmdk -o nocow=on,size=+1M f.vmdk", "f.vmdk", "vmdk"),
     ] {
         pair.same(line);
         pair.same_disk(name, format);
@@ -287,6 +292,8 @@ fn conversions_leave_the_same_disk() {
         ("convert -q -p -f qcow2 -O raw top.qcow2 b.raw", "b.raw", "raw"),
         ("convert -O qcow2 -c -o compression_type=zstd,cluster_size=4k a.raw b.qcow2", "b.qcow2", "qcow2"),
         ("convert -O vmdk -o subformat=streamOptimized a.raw b.vmdk", "b.vmdk", "vmdk"),
+        ("convert -c -O vmdk a.raw b.vmdk", "b.vmdk", "vmdk"),
+        ("convert -c -O vmdk -o subformat=twoGbMaxExtentSparse a.raw b.vmdk", "b.vmdk", "vmdk"),
         ("convert -l first base.qcow2 b.raw", "b.raw", "raw"),
         ("convert -l snapshot.name=first -O qcow2 base.qcow2 b.qcow2", "b.qcow2", "qcow2"),
         ("convert -n a.raw b.raw", "b.raw", "raw"),
@@ -315,6 +322,59 @@ fn conversions_leave_the_same_disk() {
         pair.same(line);
         pair.same_disk(name, format);
     }
+}
+
+/// What stands for bytes that are no text would be the name of another file.
+#[test]
+fn names_of_any_bytes_are_those_files_or_refused() {
+    let dir = scratch();
+    let (odd, other) = (OsStr::from_bytes(b"o\xfe"), OsStr::from_bytes(b"o\xef\xbf\xbd"));
+    let path = |name: &OsStr| dir.path().join(name);
+    let with = |start: &str, name: &OsStr| OsString::from_vec([start.as_bytes(), name.as_bytes()].concat());
+    let img = |words: &[&OsStr]| {
+        let qemu_img = Cmd::new(env!("CARGO_BIN_EXE_diskmill")).arg("qemu-img");
+        qemu_img.args(words).dir(dir.path()).run()
+    };
+    let keep = || assert_eq!(content(&path(other)), "keep");
+    std::fs::write(path(other), "keep").unwrap();
+    std::fs::write(path("a.raw".as_ref()), [7; 4096]).unwrap();
+    let done = img(&["dd".as_ref(), "if=a.raw".as_ref(), &with("of=", odd)]);
+    assert_eq!(done.code, Some(0), "{done}");
+    assert_eq!(std::fs::read(path(odd)).unwrap(), [7; 4096]);
+    let done = img(&["dd".as_ref(), &with("if=", odd), "of=b.raw".as_ref()]);
+    assert_eq!(done.code, Some(0), "{done}");
+    keep();
+
+    let words = |line: &'static str| line.split(' ').map(OsStr::new).collect::<Vec<_>>();
+    assert_eq!(img(&words("create -q -f qcow2 top 1M")).code, Some(0));
+    let data_file = with("data_file=", odd);
+    let backed = with("backing_fmt=raw,backing_file=", odd);
+    let image_opts = with("driver=raw,file.filename=", odd);
+    let json = with("json:{\"driver\":\"raw\",\"file.filename\":\"", OsStr::from_bytes(b"o\xfe\"}"));
+    for (line, name) in [
+        ("rebase -u -F raw top -b", odd),
+        ("create -f qcow2 c 1M -o", &data_file),
+        ("create -f qcow2 c -F raw -b", odd),
+        ("convert -O qcow2 a.raw c -o", &backed),
+        ("info --image-opts", &image_opts),
+        ("info", &json),
+        ("snapshot top -c", odd),
+        ("bitmap --add top", odd),
+    ] {
+        let refused = img(&[words(line), vec![name]].concat());
+        assert_eq!(refused.code, Some(1), "{line}: {refused}");
+        assert!(refused.err().contains("is not valid UTF-8"), "{line}: {refused}");
+        assert!(!path("c".as_ref()).exists(), "{line}");
+    }
+    keep();
+
+    // A folder of any name is where the names in its images start.
+    let folder = path(OsStr::from_bytes(b"d\xfe"));
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("base"), [7; 4096]).unwrap();
+    let top = folder.join("top");
+    let done = img(&[words("create -q -f qcow2 -F raw -b base"), vec![top.as_ref()]].concat());
+    assert_eq!(done.code, Some(0), "{done}");
 }
 
 #[test]

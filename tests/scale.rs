@@ -172,6 +172,26 @@ fn the_largest_l1_tables() {
 }
 
 #[test]
+fn an_empty_disk_takes_no_longer_for_being_huge() {
+    let dir = on_disk();
+    for line in [
+        "create -o cluster_size=2M a.qcow2 1E",
+        "create -o cluster_size=2M -u -b gone -F raw b.qcow2 1E",
+        "create a.vmdk 60T",
+        "convert -f raw -O qcow2 -o cluster_size=2M huge.raw c.qcow2",
+    ] {
+        if line.starts_with("convert") {
+            // Few file systems take such a file.
+            let Some(tmpfs) = on_tmpfs() else { return };
+            File::create(tmpfs.path().join("huge.raw")).unwrap().set_len(1 << 60).unwrap();
+            bounded(diskmill().cmd(line.split(' ')).dir(tmpfs.path()), 5);
+        } else {
+            bounded(diskmill().cmd(line.split(' ')).dir(dir.path()), 5);
+        }
+    }
+}
+
+#[test]
 fn a_sparse_vmdk_of_more_than_2_tib() {
     let dir = on_disk();
     let [source, image, back] = ["in.raw", "image.vmdk", "back.raw"].map(|name| dir.path().join(name));

@@ -11,6 +11,7 @@ use diskmill::{Allow, Format, Image, OpenOptions, OpenPolicy, parse_size};
 use crate::exit::{Exit, Failure};
 use crate::names::telling_ending;
 use crate::options::{asks_for_help, help, split};
+use crate::signals::Watch;
 use crate::size::human_size;
 
 const EXAMPLES: &str = "\
@@ -46,7 +47,8 @@ pub(crate) struct CreateArgs {
     #[arg(short = 'u', long, requires = "backing_format")]
     backing_unsafe: bool,
 
-    /// Replace a file that exists
+    /// Replace files that exist: the image, its data file, its extents; or write to a device, where a raw disk is cleared
+    /// from end to end
     #[arg(long)]
     force: bool,
 
@@ -94,12 +96,14 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
     let Some(size) = size else {
         return Err(Failure::usage(format!("the size of the disk is missing: diskmill create {file:?} 10G")));
     };
-    if file.exists() && !args.force {
+    let name = format.name();
+    let options = CreateOptions { format, size, trust_backing: args.backing_unsafe };
+    let files = options.files(file).map_err(Failure::of_request)?;
+    if let Some(file) = files.iter().find(|file| file.exists() && !args.force) {
         return Err(Failure::failed(format!("{file:?} exists: --force replaces it")));
     }
-    let name = format.name();
-    create(file, &CreateOptions { format, size, trust_backing: args.backing_unsafe })
-        .map_err(Failure::of_request)?;
+    let _watch = Watch::ending()?;
+    create(file, &options).map_err(Failure::of_request)?;
     if !args.quiet {
         writeln!(io::stdout(), "{name}, {} ({size} bytes)", human_size(size))?;
     }

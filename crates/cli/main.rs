@@ -43,6 +43,7 @@ use clap::{CommandFactory as _, Parser as _};
 use commands::{Cli, Command};
 
 fn main() -> ExitCode {
+    signals::outlive_size_limit();
     let mut args = std::env::args_os();
     if qemu_img::is_called(args.next().as_deref()) {
         return qemu_img::main(args.collect());

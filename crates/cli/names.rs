@@ -1,6 +1,8 @@
 //! How names are shown.
 
+use std::ffi::OsString;
 use std::fs;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 pub(crate) use diskmill::escaped as shown;
@@ -29,6 +31,17 @@ pub(crate) fn resolved(image: &str, file: &str) -> String {
         Some(slash) if !file.starts_with('/') => format!("{}{file}", &image[..=slash]),
         _ => file.to_owned(),
     }
+}
+
+/// The same for files that are opened, whose names may have any bytes.
+pub(crate) fn resolved_path(image: &Path, file: &str) -> PathBuf {
+    let file = file.strip_prefix("file:").unwrap_or(file).as_bytes();
+    let image = image.as_os_str().as_bytes();
+    let folder = match image.iter().rposition(|&byte| byte == b'/') {
+        Some(slash) if !file.starts_with(b"/") => image.get(..=slash),
+        _ => None,
+    };
+    OsString::from_vec([folder.unwrap_or_default(), file].concat()).into()
 }
 
 /// The names of a chain's images, as each image names the next one.
@@ -89,6 +102,7 @@ mod tests {
         ];
         for (image, file, want) in cases {
             assert_eq!(resolved(image, file), want);
+            assert_eq!(resolved_path(image.as_ref(), file), Path::new(want));
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 
 use diskmill::convert::Monitor;
 use diskmill::{is_ignored, unlink_all_pending};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::exit::Exit;
@@ -41,6 +41,11 @@ impl Watch {
         Ok(watch)
     }
 
+    /// A signal ends the program at once, and removes files that have no names yet: for work that nobody watches.
+    pub(crate) fn ending() -> io::Result<Self> {
+        Self::start(&Arc::default(), true)
+    }
+
     /// Calls `stop` at the first signal; the next one ends the program at once.
     pub(crate) fn start_with(stop: impl Fn() + Send + 'static) -> io::Result<Self> {
         let mut signals = Signals::new(ending_signals())?;
@@ -66,6 +71,15 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.handle.close();
+    }
+}
+
+/// Lets a write behind the limit for the size of files fail, as one to a full disk does, where the signal for it would
+/// end the program. It is caught, not ignored: programs that are started have it as it was.
+pub(crate) fn outlive_size_limit() {
+    if !is_ignored(SIGXFSZ) {
+        // Without it the signal ends the program, as before.
+        let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
     }
 }
 

@@ -2,7 +2,7 @@
 
 use diskmill::{Error, Format, FormatInfo, Image, Kind, OpenOptions};
 
-use super::getopt::Args;
+use super::getopt::{Args, not_text};
 use super::node::{Context, Node};
 use super::size::size;
 use super::{Fail, Outcome};
@@ -56,7 +56,7 @@ pub(super) fn run(args: Args) -> Outcome {
     let [file, bitmap] = args.operands.as_slice() else {
         return Err(Fail::new("Expecting filename and bitmap name"));
     };
-    let bitmap = bitmap.to_string_lossy();
+    let bitmap = bitmap.to_str().ok_or_else(|| Fail::usage(not_text("the name of the bitmap", bitmap)))?;
     let adds = actions.iter().any(|action| matches!(action, Action::Add));
     if args.has("granularity") && !adds {
         return Err(Fail::new("granularity only supported with --add"));
@@ -79,7 +79,7 @@ pub(super) fn run(args: Args) -> Outcome {
         })
         .transpose()?;
     for action in actions {
-        let done = act(&mut image, source.as_ref(), &action, &bitmap, granularity);
+        let done = act(&mut image, source.as_ref(), &action, bitmap, granularity);
         done.map_err(|reason| {
             Fail::new(format!("Operation {} on bitmap {bitmap} failed: {reason}", action.name()))
         })?;

@@ -5,7 +5,10 @@ use std::io::{Write, stdout};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use diskmill::convert::{BadRange, BadRanges, CarryBitmaps, Compression, ConvertOptions, Input, Output};
+use diskmill::convert::{
+    BadRange, BadRanges, CarryBitmaps, Compression, ConvertOptions, Input, Output, TargetFormat,
+};
+use diskmill::vmdk::Subformat;
 use diskmill::{Allow, Kind, OpenOptions, OpenPolicy};
 
 use super::drivers::Driver;
@@ -95,6 +98,12 @@ impl Request {
         request.context.cache = cache_mode(args, "source-cache", "source cache")?;
         if request.options.create {
             request.options.format = fresh(args, &format, lists.as_deref(), &request.context.secrets)?;
+            // As in QEMU: one kind of VMDK is packed, and the others that grow are written all the same.
+            if let TargetFormat::Vmdk(vmdk) = &request.options.format
+                && vmdk.subformat != Subformat::StreamOptimized
+            {
+                request.options.compress = None;
+            }
         } else {
             let driver = Driver::creating(&format).map_err(Fail::new)?;
             request.options.format =
@@ -205,12 +214,7 @@ fn sparse_size(text: &str) -> Outcome<u64> {
 }
 
 /// The options of the image that is to be made.
-fn fresh(
-    args: &Args,
-    format: &str,
-    lists: Option<&str>,
-    secrets: &Secrets,
-) -> Outcome<diskmill::convert::TargetFormat> {
+fn fresh(args: &Args, format: &str, lists: Option<&str>, secrets: &Secrets) -> Outcome<TargetFormat> {
     let driver = Driver::creating(format).map_err(Fail::new)?;
     let mut dict = driver.check(&Dict::from_list(lists.unwrap_or_default())).map_err(Fail::new)?;
     for (option, name) in [("backing", "backing_file"), ("backing-format", "backing_fmt")] {
@@ -233,8 +237,8 @@ fn fresh(
         }
     }
     if args.has("compress") {
-        let stream = dict.get("subformat") == Some("streamOptimized");
-        if driver.name == "raw" || (driver.name == "vmdk" && !stream) {
+        let flat = dict.get("subformat").is_some_and(|subformat| subformat.ends_with("Flat"));
+        if driver.name == "raw" || flat {
             return Err(Fail::new("Compression not supported for this file format"));
         }
         if dict.get("preallocation").is_some_and(|mode| mode != "off") {

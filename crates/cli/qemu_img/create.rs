@@ -1,8 +1,12 @@
 //! `qemu-img create`.
 
+use std::ffi::OsStr;
+use std::fs;
 use std::io::{Write, stdout};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
 
+use diskmill::convert::{ConvertOptions, Monitor, convert};
 use diskmill::create::{CreateOptions, create, create_luks};
 use diskmill::{Error, Image, Kind, OpenOptions};
 
@@ -14,8 +18,11 @@ use super::opts::{Dict, join};
 use super::size::size;
 use super::target::{luks_options, target_format};
 use super::{Fail, Outcome, messages};
-use crate::names::resolved;
+use crate::names::resolved_path;
 use crate::options::asks_for_help;
+use crate::signals::Watch;
+
+const SECTOR: u64 = 512;
 
 /// Options that are shown although the user did not give them.
 const SHOWN_DEFAULTS: [(&str, &[(&str, &str)]); 2] = [
@@ -53,13 +60,14 @@ pub(super) fn run(args: Args) -> Outcome {
     let driver = Driver::creating(&format).map_err(failed)?;
     let path = local_path(file).map_err(failed)?;
     let dict = options(&args, driver, lists.as_deref(), wanted).map_err(failed)?;
-    let dict = with_backing(&args, &name, dict).map_err(failed)?;
+    let dict = with_backing(&args, file, dict).map_err(failed)?;
     if dict.get("size").is_none() {
         return Err(failed("Image creation needs a size parameter".to_owned()));
     }
     if !args.has("quiet") {
         writeln!(stdout(), "Formatting '{name}', fmt={format}{}", driver.line(&dict))?;
     }
+    let _watch = Watch::ending()?;
     make(&path, driver, &dict, &secrets, args.has("backing-unsafe")).map_err(failed)?;
     Ok(0)
 }
@@ -93,12 +101,12 @@ fn options(args: &Args, driver: Driver, lists: Option<&str>, size: Option<u64>) 
 }
 
 /// Looks at the backing file, which gives the size if the user does not.
-fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String> {
+fn with_backing(args: &Args, file: &OsStr, mut dict: Dict) -> Result<Dict, String> {
     let Some(backing) = dict.get("backing_file").map(str::to_owned) else { return Ok(dict) };
     if backing.is_empty() {
         return Err("Expected backing file name, got empty string".to_owned());
     }
-    if backing == name {
+    if file == backing.as_str() {
         return Err("Error: Trying to create an image with the same filename as the backing file".to_owned());
     }
     let named = dict.get("backing_fmt").map(str::to_owned);
@@ -108,7 +116,7 @@ fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String>
             None => Err("Backing file specified without backing format".to_owned()),
         };
     }
-    let image = open_backing(&resolved(name, &backing), named.as_deref())
+    let image = open_backing(&resolved_path(file.as_ref(), &backing), named.as_deref())
         .map_err(|reason| format!("{reason}\nCould not open backing image."))?;
     if named.is_none() {
         let found = image.info().format.name();
@@ -120,19 +128,32 @@ fn with_backing(args: &Args, name: &str, mut dict: Dict) -> Result<Dict, String>
     Ok(dict)
 }
 
-fn open_backing(path: &str, format: Option<&str>) -> Result<Image, String> {
-    let path = PathBuf::from(path);
-    let mut node = Node::named(&path);
+fn open_backing(path: &Path, format: Option<&str>) -> Result<Image, String> {
+    let mut node = Node::named(path);
     node.format = format.map(format_named).transpose()?;
     let options = OpenOptions { force_share: true, ..node.options() };
     // Nothing of its data is looked at.
     let locked = |error| match Error::lacks_passphrase(&error) {
-        true => Image::open(&path, &OpenOptions { metadata_only: true, ..options.clone() }),
+        true => Image::open(path, &OpenOptions { metadata_only: true, ..options.clone() }),
         false => Err(error),
     };
-    Image::open(&path, &options)
+    Image::open(path, &options)
         .or_else(locked)
-        .map_err(|error| messages::cannot_open(&error, &path, node.format))
+        .map_err(|error| messages::cannot_open(&error, path, node.format))
+}
+
+/// Makes a raw disk of a device: as QEMU, all but the first sector, which may hold an image's header, stays as it is.
+fn clear_start(path: &Path, size: u64) -> Result<(), String> {
+    let fill = |len: u64, target_is_zero: bool| {
+        let options = ConvertOptions { create: false, target_is_zero, ..ConvertOptions::default() };
+        convert(&[Image::zeros(len)], path.into(), &options, &Monitor::new())
+    };
+    // Nothing is written to what is zero; the sizes are compared.
+    fill(size, true).and_then(|_| fill(SECTOR, false)).map(drop).map_err(|error| match error.kind() {
+        Kind::Invalid => "Cannot grow device files".to_owned(),
+        Kind::Busy => messages::cannot_open(&error, path, None),
+        _ => messages::cannot_create(&error, path),
+    })
 }
 
 fn make(
@@ -149,6 +170,12 @@ fn make(
             .map_err(|error| messages::cannot_create(&error, path));
     }
     let format = target_format(driver, dict, secrets)?;
+    if driver.name == "raw" && fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device()) {
+        return match dict.get("preallocation") {
+            Some(mode) if mode != "off" => Err(format!("Unsupported preallocation mode '{mode}'")),
+            _ => clear_start(path, size),
+        };
+    }
     let options = CreateOptions { format, size, trust_backing };
     create(path, &options).map_err(|error| match error.kind() {
         Kind::Limit => {

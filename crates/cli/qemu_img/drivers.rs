@@ -1,8 +1,7 @@
 //! The options of fresh images: names, types and the help of QEMU's drivers.
 
-use diskmill::parse_size;
-
 use super::opts::Dict;
+use super::size::bytes;
 
 /// What a value must look like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,7 +226,7 @@ impl Driver {
                     .parse::<u64>()
                     .map_err(|_| format!("Parameter '{name}' expects a number"))?
                     .to_string(),
-                Size => parse_size(value)
+                Size => bytes(value)
                     .map_err(|_| {
                         format!(
                             "Parameter '{name}' expects a non-negative number below 2^64\n\

@@ -5,6 +5,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::{Fail, Outcome};
 
+/// Options whose argument is a file's name and nothing else: it may have any bytes. Those of all others become text.
+const NAMES: [&str; 2] = ["base", "source-file"];
+
 /// One option of a command.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Opt {
@@ -37,7 +40,7 @@ impl Args {
 
     /// The same as text.
     pub(super) fn text(&self, name: &str) -> Option<String> {
-        self.last(name).map(|value| value.to_string_lossy().into_owned())
+        self.last(name).and_then(OsStr::to_str).map(str::to_owned)
     }
 
     /// All arguments of the options of this name.
@@ -91,7 +94,19 @@ fn sort(syntax: &[Opt], args: Vec<OsString>, stop: bool) -> Outcome<Args> {
             }
         }
     }
-    Ok(sorted)
+    let named = |option: &str| NAMES.contains(&option);
+    match sorted.options.iter().find(|(option, value)| !named(option) && value.to_str().is_none()) {
+        Some((option, value)) => {
+            let option = if option.len() > 1 { format!("--{option}") } else { format!("-{option}") };
+            Err(Fail::usage(not_text(&format!("the argument of '{option}'"), value)))
+        }
+        None => Ok(sorted),
+    }
+}
+
+/// Why `what` cannot be taken. With other characters in the place of its bytes it would name something else.
+pub(super) fn not_text(what: &str, value: &OsStr) -> String {
+    format!("{what} is not valid UTF-8, which is not supported here: {value:?}")
 }
 
 /// Takes `-abc`: flags, of which the last one may have an argument, here or in the next word.
@@ -187,5 +202,15 @@ mod tests {
         assert_eq!(shown("--quiet=x"), "unrecognized option '--quiet=x'");
         assert_eq!(shown("a -f"), "missing argument for option '-f'");
         assert_eq!(shown("--format"), "missing argument for option '--format'");
+    }
+
+    #[test]
+    fn only_names_of_files_may_have_any_bytes() {
+        let odd = || OsString::from_vec(b"a\xff".to_vec());
+        let refused = parse(SYNTAX, vec!["-f".into(), odd()]).unwrap_err().message.unwrap();
+        assert!(refused.starts_with("the argument of '--format' is not valid UTF-8"), "{refused}");
+        const BASE: &[Opt] = &[Opt { short: Some('b'), long: &["base"], takes: true }];
+        let args = parse(BASE, vec!["-b".into(), odd(), odd()]).unwrap();
+        assert_eq!((args.last("base"), args.operands.as_slice()), (Some(odd().as_os_str()), &[odd()][..]));
     }
 }

@@ -4,14 +4,15 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret, parse_size};
+use diskmill::{Allow, Error, Format, Image, Kind, OpenOptions, OpenPolicy, Secret};
 
-use super::getopt::Args;
+use super::getopt::{Args, not_text};
 use super::object::Secrets;
 use super::opts::Dict;
+use super::size::bytes;
 use super::{Fail, Outcome, messages};
 use crate::args::CacheMode;
-use crate::names::resolved;
+use crate::names::resolved_path;
 
 /// Options of QEMU's block layer that any node takes and that change nothing here.
 const GENERIC: [&str; 9] = [
@@ -68,7 +69,8 @@ impl Context {
             return Err(Fail::new("--image-opts and --format are mutually exclusive"));
         }
         let node = if self.image_opts {
-            Node::from_dict(given, Dict::from_list(&given.to_string_lossy()), &self.secrets)
+            let list = given.to_str().ok_or_else(|| not_text("the list of options", given));
+            list.and_then(|list| Node::from_dict(given, Dict::from_list(list), &self.secrets))
         } else {
             Node::from_name(given, self.format.as_deref(), &self.secrets)
         };
@@ -161,8 +163,9 @@ impl Node {
     }
 
     fn from_name(given: &OsStr, format: Option<&str>, secrets: &Secrets) -> Result<Self, String> {
-        if let Some(json) = given.as_bytes().strip_prefix(b"json:") {
-            let mut dict = Dict::from_json(&String::from_utf8_lossy(json))?;
+        if given.as_bytes().starts_with(b"json:") {
+            let text = given.to_str().ok_or_else(|| not_text("the JSON text", given))?;
+            let mut dict = Dict::from_json(text.strip_prefix("json:").unwrap_or(text))?;
             if let Some(format) = format {
                 if dict.get("driver").is_some_and(|driver| driver != format) {
                     return Err("Driver specified twice".to_owned());
@@ -236,8 +239,7 @@ impl Node {
     fn of_zeros(given: &OsStr, mut dict: Dict) -> Result<Self, String> {
         let mut node = Self::at(given, PathBuf::from("null-co://"));
         let size = dict.take("size").map_or(Ok(1 << 30), |text| {
-            parse_size(&text)
-                .map_err(|_| "Parameter 'size' expects a non-negative number below 2^64".to_owned())
+            bytes(&text).map_err(|_| "Parameter 'size' expects a non-negative number below 2^64".to_owned())
         })?;
         if dict.take("read-zeroes").as_deref() != Some("on") {
             return Err("a null-co node without read-zeroes is not supported".to_owned());
@@ -278,7 +280,7 @@ impl Node {
 
     fn take_window(&mut self, dict: &mut Dict) -> Result<(), String> {
         let mut size = |name: &str| match dict.take(name) {
-            Some(text) => parse_size(&text)
+            Some(text) => bytes(&text)
                 .map(Some)
                 .map_err(|_| format!("Parameter '{name}' expects a non-negative number below 2^64")),
             None => Ok(None),
@@ -350,7 +352,7 @@ impl Node {
         let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let Some(wanted) = &self.backing else { return Ok(()) };
         let own = image.info().backing_name.as_deref();
-        let own = own.map(|name| canonical(resolved(&self.path.to_string_lossy(), name).as_ref()));
+        let own = own.map(|name| canonical(&resolved_path(&self.path, name)));
         if own == Some(canonical(wanted)) {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use diskmill::edit::{Rebase, RebaseMode};
 use super::getopt::Args;
 use super::node::{Context, format_named};
 use super::{Fail, Outcome, cache_mode, messages, watched};
-use crate::names::resolved;
+use crate::names::resolved_path;
 
 pub(super) fn run(args: Args) -> Outcome {
     let context = Context::of(&args, "format")?;
@@ -47,8 +47,8 @@ pub(super) fn run(args: Args) -> Outcome {
             return Err(cannot_change("backing format must be specified"));
         }
         rebase.onto(name, format).map_err(|error| {
-            let path = resolved(&node.path.to_string_lossy(), name);
-            let reason = messages::cannot_open(&error, error.path().unwrap_or(path.as_ref()), format);
+            let path = resolved_path(&node.path, name);
+            let reason = messages::cannot_open(&error, error.path().unwrap_or(&path), format);
             Fail::new(format!("Could not open new backing file '{name}': {reason}"))
         })?;
         if format.is_none() {

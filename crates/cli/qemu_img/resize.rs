@@ -4,11 +4,11 @@ use std::ffi::OsString;
 use std::io::{Write, stdout};
 
 use diskmill::edit::Preallocation;
-use diskmill::{Error, Format, Kind, parse_size};
+use diskmill::{Error, Format, Kind};
 
 use super::getopt::Args;
 use super::node::Context;
-use super::size::is_out_of_range;
+use super::size::{bytes, is_out_of_range};
 use super::{Fail, Outcome, messages};
 
 const OPERANDS: &str = "Expecting image file name and size";
@@ -82,7 +82,7 @@ impl Wanted {
             Some((sign @ ("+" | "-"), number)) => (sign, number),
             _ => ("", text),
         };
-        let size = parse_size(number).map_err(|_| {
+        let size = bytes(number).map_err(|_| {
             Fail::new(if is_out_of_range(number) {
                 NOT_POSITIVE.to_owned()
             } else {

@@ -1,6 +1,6 @@
 //! Numbers on the command line.
 
-use diskmill::parse_size;
+use diskmill::{Error, parse_size};
 
 use super::{Fail, Outcome};
 
@@ -15,7 +15,7 @@ pub(super) fn size(what: &str, text: &str) -> Outcome<u64> {
 /// Parses a size from `least` to `most`.
 pub(super) fn size_between(what: &str, text: &str, least: u64, most: u64) -> Outcome<u64> {
     let range = || Fail::new(format!("Invalid {what} specified. Must be between {least} and {most}."));
-    match parse_size(text.trim_start()) {
+    match bytes(text.trim_start()) {
         Ok(size) if (least..=most).contains(&size) => Ok(size),
         Ok(_) => Err(range()),
         Err(_) if is_out_of_range(text) => Err(range()),
@@ -23,6 +23,16 @@ pub(super) fn size_between(what: &str, text: &str, least: u64, most: u64) -> Out
             "Invalid {what} specified. You may use k, M, G, T, P or E suffixes for\n\
              qemu-img: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         ))),
+    }
+}
+
+/// Parses a size as QEMU writes it: with a plus sign, and without a digit in front of the point, if the user likes.
+pub(super) fn bytes(text: &str) -> Result<u64, Error> {
+    let begins = |text: &str| text.starts_with(|first: char| first.is_ascii_digit());
+    match text.strip_prefix('+').unwrap_or(text) {
+        number if begins(number) => parse_size(number),
+        number if number.strip_prefix('.').is_some_and(begins) => parse_size(&format!("0{number}")),
+        _ => parse_size(text),
     }
 }
 
@@ -62,6 +72,11 @@ mod tests {
         for text in ["abc", "1kilobyte", "", "k", "1 k"] {
             assert!(message(text).contains("You may use k, M"), "{text}: {}", message(text));
         }
-        assert_eq!(size("", "1.5k").unwrap(), 1536);
+        for (text, want) in [("1.5k", 1536), ("+1M", 1 << 20), (".5k", 512), ("+.5k", 512), ("+0x10", 16)] {
+            assert_eq!(size("", text).unwrap(), want, "{text}");
+        }
+        for text in ["++1", "+", ".", ".k", "+-1"] {
+            assert!(size("", text).is_err(), "{text}");
+        }
     }
 }

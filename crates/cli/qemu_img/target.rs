@@ -18,9 +18,8 @@ pub(super) fn target_format(driver: Driver, dict: &Dict, secrets: &Secrets) -> R
     let mut format = TargetFormat::named(driver.name).map_err(|error| error.to_string())?;
     for (name, value) in dict.iter() {
         match name {
-            "size" | "extent_size_hint" => continue,
-            "nocow" if value == "off" => continue,
-            "nocow" => return Err("the option 'nocow' is not supported".to_owned()),
+            // They change how the file system keeps the file, and nothing in it.
+            "size" | "extent_size_hint" | "nocow" => continue,
             _ => {}
         }
         if driver.name == "vmdk" && matches!(name, "subformat" | "adapter_type") {
@@ -56,11 +55,9 @@ pub(super) fn luks_options(
     let mut preallocation = Preallocation::Off;
     for (name, value) in dict.iter() {
         match name {
-            "size" => {}
-            "nocow" | "detached-header" if value == "off" => {}
-            "nocow" | "detached-header" | "extent_size_hint" => {
-                return Err(format!("the option '{name}' is not supported"));
-            }
+            "size" | "extent_size_hint" | "nocow" => {}
+            "detached-header" if value == "off" => {}
+            "detached-header" => return Err(format!("the option '{name}' is not supported")),
             "preallocation" => {
                 preallocation = match value {
                     "off" | "metadata" => Preallocation::Off,

@@ -21,6 +21,26 @@ pub struct CreateOptions {
     pub trust_backing: bool,
 }
 
+impl CreateOptions {
+    /// The files that [`create`] makes for an image at `path`, and replaces where they exist: the image, its external
+    /// data file, its extents.
+    ///
+    /// # Errors
+    /// As [`create`], for a size or names that it would refuse.
+    pub fn files(&self, path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+        let path = path.as_ref();
+        let mut files = vec![path.to_owned()];
+        files.extend(self.format.other_files(path, Some(self.whole_size()?))?);
+        Ok(files)
+    }
+
+    /// The size in whole sectors.
+    fn whole_size(&self) -> Result<u64> {
+        let size = self.size.checked_next_multiple_of(512).filter(|&size| size <= i64::MAX as u64);
+        size.ok_or_else(|| Error::invalid(format!("a disk of {} bytes", self.size)))
+    }
+}
+
 /// Makes a plain LUKS container at `path`, without an image format inside: header and key material, and behind them the
 /// disk of `size` bytes, which was never written and so decrypts to noise. An existing file is replaced when it is whole.
 ///
@@ -59,11 +79,7 @@ pub fn create_luks(
 /// [`Kind::Limit`](crate::Kind::Limit) for a size that the format cannot have,
 /// [`Kind::Busy`](crate::Kind::Busy) if the file is in use, [`Kind::Io`](crate::Kind::Io).
 pub fn create(path: impl Into<PathBuf>, options: &CreateOptions) -> Result<()> {
-    let size = options
-        .size
-        .checked_next_multiple_of(512)
-        .filter(|&size| size <= i64::MAX as u64)
-        .ok_or_else(|| Error::invalid(format!("a disk of {} bytes", options.size)))?;
+    let size = options.whole_size()?;
     let convert_options = ConvertOptions {
         format: options.format.clone(),
         trust_backing: options.trust_backing,

@@ -5,6 +5,9 @@ use diskmill_io::Storage;
 
 use crate::error::Result;
 
+/// The longest run of zeros, in bytes, where each unit of it leaves something in the output.
+pub(crate) const RUN: u64 = 1 << 30;
+
 /// Which of the output's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TargetFile {
@@ -215,6 +218,16 @@ pub(crate) trait Assembler: Send {
 
     /// A run that the output's backing file has.
     fn skip(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()>;
+
+    /// The longest run that [`zero`](Self::zero) takes at once: what it makes of one is held in memory.
+    fn longest_zero(&self) -> u64 {
+        RUN
+    }
+
+    /// The same of [`skip`](Self::skip).
+    fn longest_skip(&self) -> u64 {
+        self.longest_zero()
+    }
 
     /// Whether [`fingerprint`](Self::fingerprint) is of use.
     fn wants_fingerprint(&self) -> bool {

@@ -28,7 +28,7 @@ use std::time::Instant;
 use diskmill_codec::Codec;
 use diskmill_io::{EnginePlan, PipeReader, PipeWriter};
 
-pub(crate) use assembler::{Assembler, Finish, Frame, TargetFile, Unit, WriteOp};
+pub(crate) use assembler::{Assembler, Finish, Frame, RUN, TargetFile, Unit, WriteOp};
 pub use bad::{BadRange, BadRanges};
 pub use bitmaps::CarryBitmaps;
 pub use monitor::Monitor;

@@ -1,9 +1,14 @@
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
 use diskmill_codec::{Codec, Packer, level_range};
 use diskmill_io::EngineChoice;
 
+use super::target::file_name;
 use super::{Assembler, CarryBitmaps, Output};
 use crate::error::{Error, Result};
-use crate::image::OpenOptions;
+use crate::image::{OpenOptions, resolve};
 use crate::qcow2::{Preallocation, Qcow2Options};
 use crate::vmdk::{Subformat, VmdkOptions};
 
@@ -53,6 +58,20 @@ impl RawOptions {
 }
 
 impl TargetFormat {
+    /// The files that an image at `path` consists of besides that one: its external data file, its extents.
+    pub(crate) fn other_files(&self, path: &Path, size: Option<u64>) -> Result<Vec<PathBuf>> {
+        match self {
+            Self::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
+                Ok(vec![resolve(name.as_bytes(), path, "external data file")?])
+            }
+            Self::Vmdk(vmdk) => {
+                let names = vmdk.extent_files(file_name(path), size)?;
+                Ok(names.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
     /// The format by its name, with default options.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use crate::vmdk::VmdkStream;
 /// Guest bytes of a job, unless units are larger. Small enough that a job's bytes stay in the processor's cache from
 /// the read to the write, large enough that system calls do not count.
 const JOB: u64 = 1 << 20;
-/// Zero runs are passed on in steps of at most this many guest bytes, so that what an assembler makes of one is bounded.
+/// Extents are joined to a run of zeros up to this many guest bytes, so that there is progress. One extent may be longer.
 const ZERO_STEP: u64 = 1 << 30;
 /// A zero run inside a job shorter than this is filled in rather than ending the job.
 const SHORT_RUN: u64 = 64 << 10;
@@ -142,7 +142,7 @@ pub(super) struct Planner<'a> {
 }
 
 enum SourceWalk<'a> {
-    Images(ImageWalk<'a>),
+    Images(Box<ImageWalk<'a>>),
     Stream { pipe: PipeReader, at: u64, ended: bool },
     Vmdk { stream: Box<VmdkStream>, at: u64 },
 }
@@ -157,6 +157,9 @@ struct ImageWalk<'a> {
     offload: Offload,
     /// The output places whole units, rather than each byte at its own offset.
     whole_units: bool,
+    /// The longest run that the output takes at once, of zeros and of what its backing file has.
+    longest_zero: u64,
+    longest_skip: u64,
     /// The extent that was looked up last.
     last: Option<(usize, Extent)>,
     bad: BadList,
@@ -199,7 +202,7 @@ impl<'a> Planner<'a> {
                         .ok_or_else(|| Error::invalid("the sources are too large"))?;
                 }
                 let salvage = options.salvage;
-                SourceWalk::Images(ImageWalk {
+                SourceWalk::Images(Box::new(ImageWalk {
                     images: placed,
                     at: 0,
                     total,
@@ -207,10 +210,12 @@ impl<'a> Planner<'a> {
                     salvage,
                     offload,
                     whole_units: assembler.whole_units(),
+                    longest_zero: assembler.longest_zero(),
+                    longest_skip: assembler.longest_skip(),
                     last: None,
                     bad: BadList::default(),
                     bad_end: 0,
-                })
+                }))
             }
         };
         // Payloads may be up to twice their unit, and the first and last may stand for a part of it only.
@@ -320,8 +325,9 @@ impl ImageWalk<'_> {
         let start = self.at;
         let class = self.class_at(start, allocate_all)?;
         if class != Class::Data {
-            let most = start.saturating_add(ZERO_STEP).min(self.total);
-            let end = self.run_end(start, class, most, allocate_all)?;
+            let longest = if class == Class::Skip { self.longest_skip } else { self.longest_zero };
+            let end = self.run_end(start, class, start.saturating_add(ZERO_STEP), allocate_all)?;
+            let end = end.min(start.saturating_add(longest));
             let end = if end == self.total { end } else { end - end % sizes.unit };
             if end > start {
                 self.at = end;
@@ -365,13 +371,14 @@ impl ImageWalk<'_> {
         Ok(fits.then(|| (end, FileRun { from: from.clone(), at: host })))
     }
 
-    /// Where the run of `class` from `at` on ends, at most `most`.
-    fn run_end(&mut self, at: u64, class: Class, most: u64, allocate_all: bool) -> Result<u64> {
+    /// Where the run of `class` from `at` on ends; where it reaches `enough`, the end of the extent that does.
+    fn run_end(&mut self, at: u64, class: Class, enough: u64, allocate_all: bool) -> Result<u64> {
+        let enough = enough.min(self.total);
         let mut end = at;
-        while end < most && self.class_at(end, allocate_all)? == class {
+        while end < enough && self.class_at(end, allocate_all)? == class {
             end = self.extent(end)?.1.guest.end;
         }
-        Ok(end.min(most))
+        Ok(end)
     }
 
     /// The extent that holds guest offset `at` (of all sources together, as its range is).
@@ -421,7 +428,7 @@ impl ImageWalk<'_> {
                 // A long run ends the job; a short one is cheaper filled in than sent around.
                 let class = self.class_at(at, allocate_all)?;
                 let enough = at.saturating_add(sizes.unit.max(SHORT_RUN));
-                if self.run_end(at, class, enough.min(self.total), allocate_all)? >= enough.min(self.total) {
+                if self.run_end(at, class, enough, allocate_all)? >= enough.min(self.total) {
                     break;
                 }
             }

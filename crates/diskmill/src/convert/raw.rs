@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use super::assembler::{Assembler, Finish, TargetFile, Unit, WriteOp};
+use super::assembler::{Assembler, Finish, RUN, TargetFile, Unit, WriteOp};
 use crate::error::Result;
 use crate::qcow2::Preallocation;
 
@@ -60,6 +60,11 @@ impl Assembler for RawAssembler {
             }
         }
         Ok(())
+    }
+
+    fn longest_zero(&self) -> u64 {
+        // What is cleared or written takes its time, and can be cancelled in between.
+        if self.zeros == RawZeros::Hole { u64::MAX } else { RUN }
     }
 
     fn zero(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()> {

@@ -1,4 +1,3 @@
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +16,7 @@ use super::{ConvertOptions, Monitor, Output, Reflink, TargetFormat};
 use crate::edit::BitmapCopy;
 use crate::encrypted::EncryptedStorage;
 use crate::error::{Error, Result};
-use crate::image::{Image, resolve};
+use crate::image::Image;
 use crate::qcow2::{Encryption, Preallocation, Qcow2Assembler, Qcow2Options};
 use crate::reserve::Reserve;
 
@@ -131,16 +130,7 @@ impl Target {
         locks.extend(lock_old(&path)?);
         let pending = PendingFile::create_with(&path, options.direct)
             .map_err(|error| Error::io("cannot create", error).of(&path))?;
-        let others = match &options.format {
-            TargetFormat::Qcow2(Qcow2Options { data_file: Some(name), .. }) => {
-                vec![resolve(name.as_bytes(), &path, "external data file")?]
-            }
-            TargetFormat::Vmdk(vmdk) => {
-                let names = vmdk.extent_files(file_name(&path), size)?;
-                names.iter().map(|name| path.with_file_name(OsStr::from_bytes(name))).collect()
-            }
-            _ => Vec::new(),
-        };
+        let others = options.format.other_files(&path, size)?;
         for other in &others {
             needed.refuse(other).map_err(|error| error.of(other))?;
             let old = std::fs::metadata(other);
@@ -497,6 +487,6 @@ fn one_file() -> Error {
 }
 
 /// The last component of `path`, as bytes.
-fn file_name(path: &Path) -> &[u8] {
+pub(super) fn file_name(path: &Path) -> &[u8] {
     path.file_name().unwrap_or_default().as_bytes()
 }

@@ -45,6 +45,9 @@ pub(crate) fn assembler(options: VmdkOptions, path: &Path, size: Option<u64>) ->
         Error::unsupported("an OVA from a pipe, whose size is not known beforehand")
             .hint("write the pipe to a file first")
     })?;
+    if size == 0 {
+        return Err(Error::unsupported("an OVA with a disk of no bytes").hint("write raw, qcow2 or vmdk"));
+    }
     let stem = path.file_stem().and_then(|stem| stem.to_str()).ok_or_else(|| {
         Error::unsupported("a file name that is not UTF-8, for an OVA: its envelope cannot hold it")
     })?;
@@ -127,6 +130,10 @@ impl Assembler for OvaAssembler {
 
     fn skip(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()> {
         self.disk.skip(run, out)
+    }
+
+    fn longest_zero(&self) -> u64 {
+        self.disk.longest_zero()
     }
 
     fn check_size(&self, size: u64) -> Result<()> {

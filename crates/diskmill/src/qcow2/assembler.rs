@@ -10,7 +10,7 @@ use diskmill_format::{HostOffset, Limits};
 use super::EncryptionFormat;
 use super::options::{Compat, Preallocation, Qcow2Options};
 use super::refcounts::Refcounts;
-use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
+use crate::convert::{Assembler, Finish, RUN, TargetFile, Unit, WriteOp};
 use crate::error::{Error, Kind, Result};
 
 /// Lays out a fresh qcow2 image from front to back, in guest order.
@@ -110,6 +110,11 @@ impl Qcow2Assembler {
     /// A host cluster for the guest cluster at `guest`: with an external data file, the same offset there.
     fn data_cluster(&mut self, guest: u64) -> Result<HostOffset> {
         if self.external() { Ok(HostOffset(guest)) } else { self.refcounts.take(1) }
+    }
+
+    /// Whether zeros need nothing at all.
+    fn leaves_zeros_out(&self) -> bool {
+        self.options.preallocation == Preallocation::Off && self.options.backing_file.is_none()
     }
 
     const fn data_file(&self) -> TargetFile {
@@ -334,8 +339,16 @@ impl Assembler for Qcow2Assembler {
         self.refcounts.settle(out)
     }
 
+    fn longest_zero(&self) -> u64 {
+        if self.leaves_zeros_out() { u64::MAX } else { RUN }
+    }
+
+    fn longest_skip(&self) -> u64 {
+        if self.options.preallocation == Preallocation::Off { u64::MAX } else { RUN }
+    }
+
     fn zero(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()> {
-        if self.options.preallocation == Preallocation::Off && self.options.backing_file.is_none() {
+        if self.leaves_zeros_out() {
             return Ok(());
         }
         for guest in run.step_by(self.cluster() as usize) {

@@ -61,6 +61,10 @@ impl Assembler for FlatAssembler {
         Ok(())
     }
 
+    fn longest_zero(&self) -> u64 {
+        u64::MAX
+    }
+
     fn zero(&mut self, _run: Range<u64>, _out: &mut Vec<WriteOp>) -> Result<()> {
         Ok(())
     }

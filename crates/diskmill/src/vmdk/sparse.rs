@@ -7,7 +7,7 @@ use diskmill_format::vmdk::sparse::{
 use diskmill_format::vmdk::{SECTOR_BYTES, geometry};
 
 use super::options::{Subformat, VmdkOptions};
-use crate::convert::{Assembler, Finish, TargetFile, Unit, WriteOp};
+use crate::convert::{Assembler, Finish, RUN, TargetFile, Unit, WriteOp};
 use crate::error::{Error, Kind, Result};
 
 const GRAIN: u64 = DEFAULT_GRAIN_SECTORS * SECTOR_BYTES;
@@ -198,6 +198,14 @@ impl Assembler for SparseAssembler {
             );
         }
         Ok(())
+    }
+
+    fn longest_zero(&self) -> u64 {
+        if self.options.backing_file.is_none() { u64::MAX } else { RUN }
+    }
+
+    fn longest_skip(&self) -> u64 {
+        u64::MAX
     }
 
     fn zero(&mut self, run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()> {

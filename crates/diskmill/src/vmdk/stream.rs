@@ -177,6 +177,10 @@ impl Assembler for StreamAssembler {
         Ok(())
     }
 
+    fn longest_zero(&self) -> u64 {
+        u64::MAX
+    }
+
     fn zero(&mut self, _run: Range<u64>, out: &mut Vec<WriteOp>) -> Result<()> {
         self.start(out)
     }
