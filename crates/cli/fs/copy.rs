@@ -305,6 +305,10 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
             "--exclude: a pattern with a line feed is not supported; `?` stands for one",
         ));
     }
+    if !to_stdout {
+        let folder = folder_of(&args.archive);
+        fs::metadata(folder).map_err(|error| host_failure(folder, &error))?;
+    }
     let failed = |error: io::Error| host_failure(&args.archive, &error);
     let target = if to_stdout { None } else { Some(Target::open(&args.archive, 0o666).map_err(failed)?) };
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
