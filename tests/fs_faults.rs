@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use diskmill_testkit::{Cmd, Outcome, Tool, is_root, require_program, scratch, skip};
 use kept::Kept;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 /// The end of a command that failed: code 1 and one line that has all of the words.
 fn explained(outcome: &Outcome, words: &[&str]) {
@@ -64,9 +64,24 @@ fn a_full_disk_and_an_appliance_that_hangs() {
     let _ = kept.run(&["fs", "put", "disk.raw", "-", "/small"]).stdin_bytes(b"small".into()).ok();
     assert_eq!(kept.run(&["fs", "cat", "disk.raw", "/small"]).ok().out(), "small");
 
+    // What was there before stays, with its names, and so it does where there is room.
+    let full = kept.run(&["fs", "put", "disk.raw", "big", "/small"]).run();
+    explained(&full, &["/small", "No space left on device"]);
+    assert_eq!(kept.run(&["fs", "cat", "disk.raw", "/small"]).ok().out(), "small");
+    let names = || kept.run(&["fs", "stat", "--json", "disk.raw", "/linked", "/other"]).ok().json();
+    let before = names();
+    let _ =
+        kept.run(&["fs", "put", "--mode", "600", "disk.raw", "-", "/linked"]).stdin_bytes(b"new".into()).ok();
+    let after = names();
+    assert_eq!(kept.run(&["fs", "cat", "disk.raw", "/other"]).ok().out(), "new");
+    for n in 0..2 {
+        assert_eq!((&after[n]["inode"], &after[n]["mode"]), (&before[0]["inode"], &"0600".into()), "{after}");
+    }
+    let left = kept.run(&["fs", "find", "--name", ".diskmill*", "disk.raw", "/"]).ok();
+    assert_eq!(left.out(), "");
+
     // QEMU does not go on.
-    let qemu = kept.processes("qemu-system")[0];
-    kill_process(Pid::from_raw(qemu).unwrap(), Signal::STOP).unwrap();
+    kept.stop_qemu();
     let began = Instant::now();
     let hung = kept.run(&["fs", "ls", "--call-timeout", "2", "disk.raw", "/"]).run();
     explained(&hung, &["no answer", "2 s", "`diskmill doctor kvm memory`"]);

@@ -6,11 +6,13 @@
 mod kept;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
-use std::time::{Duration, Instant};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use diskmill_testkit::{Cmd, require_program, scratch};
 use kept::Kept;
+use rustix::process::Signal;
 
 /// The longest time that a command may take on a session that is kept.
 const SECOND_CALL: Duration = Duration::from_millis(50);
@@ -120,6 +122,8 @@ fn a_session_that_writes_is_alone() {
         Cmd::new("debugfs").args(["-R", "cat /etc/new", "disk.raw?offset=1048576"]).dir(&kept.dir).ok().out()
     };
     assert_eq!(stored(), "two");
+    absolute_links(&kept);
+    special_files_and_silent_input(&kept);
     kept.run(&["fs", "sysprep", "-q", "disk.raw"]).fails(1).says(&[&format!("session stop {id}")]);
     let trimmed = kept.run(&["fs", "sparsify", "--json", "--in-place", "disk.raw"]).ok().json();
     assert_eq!(trimmed["trimmed"][0], "/dev/sda1");
@@ -131,10 +135,116 @@ fn a_session_that_writes_is_alone() {
     assert_eq!(stored(), "three");
     kept.assert_gone(Duration::from_secs(1));
 
+    // The image is replaced under a session that writes.
+    let _ = kept.run(&["session", "start", "-q", "-w", "disk.raw"]).ok();
+    fs::copy(kept.dir.join("disk.raw"), kept.dir.join("other.raw")).unwrap();
+    fs::rename(kept.dir.join("other.raw"), kept.dir.join("disk.raw")).unwrap();
+    let outcome = kept.run(&["fs", "ls", "--keep", "disk.raw", "/etc"]).ok();
+    outcome.says(&["the image has been replaced"]);
+    assert_eq!((outcome.out().as_str(), kept.list().len()), ("hostname\nnew\n", 1));
+
+    // A command is interrupted, and its appliance does not answer: nobody shall wait for that.
+    let folder = appliance_folder(&kept);
+    kept.stop_qemu();
+    let hangs = kept.run(&["fs", "ls", "-R", "disk.raw", "/etc"]).spawn();
+    std::thread::sleep(Duration::from_millis(500));
+    hangs.signal(Signal::TERM);
+    assert!(hangs.ended_within(Duration::from_secs(10)));
+    assert_eq!(hangs.wait().code, Some(128 + Signal::TERM.as_raw()));
+    kept.assert_gone(Duration::from_secs(10));
+    assert!(!folder.exists(), "{folder:?}");
+
     // An appliance that is killed is forgotten, and its keeper cleans up.
     let _ = kept.run(&["session", "start", "-q", "disk.raw"]).ok();
+    let folder = appliance_folder(&kept);
+    std::thread::sleep(Duration::from_secs(1));
     kept.kill("qemu-system");
     kept.assert_gone(Duration::from_secs(30));
+    assert!(!folder.exists(), "{folder:?}");
+}
+
+/// The folder of libguestfs' own that the appliance's socket is in.
+fn appliance_folder(kept: &Kept) -> PathBuf {
+    let arguments = fs::read(format!("/proc/{}/cmdline", kept.processes("-kernel")[0])).unwrap();
+    let arguments = String::from_utf8_lossy(&arguments).into_owned();
+    let path = arguments.split([',', '\0']).find_map(|word| word.strip_prefix("path=")).unwrap();
+    Path::new(path).parent().unwrap().to_owned()
+}
+
+/// Links with absolute targets lead to the guest's own folders, whatever the verb; `/s2/etc` to `/etc`, `/s2/var` to `/var`.
+fn absolute_links(kept: &Kept) {
+    let ok = |words: &[&str]| {
+        let (verb, rest) = words.split_first().unwrap();
+        kept.run(&[&["fs", verb, "disk.raw"], rest].concat()).ok().out()
+    };
+    let both = "hostname\nnew\n";
+    assert_eq!((ok(&["ls", "/s2/etc"]).as_str(), ok(&["ls", "-R", "/s2/etc"]).as_str()), (both, both));
+    assert_eq!(ok(&["find", "/s2/etc"]), "/s2/etc\n/s2/etc/hostname\n/s2/etc/new\n");
+    assert!(ok(&["tree", "/s2/etc/"]).contains("hostname\n"));
+    let _ = ok(&["get", "/s2/etc", "out"]);
+    assert_eq!(fs::read_dir(kept.dir.join("out")).unwrap().count(), 2);
+    let _ = ok(&["tar-out", "/s2/etc", "etc.tar"]);
+    let listed = Cmd::new("tar").args(["tf", "etc.tar"]).dir(&kept.dir).ok().out();
+    assert_eq!(listed.lines().count(), 3, "{listed}");
+    let _ = ok(&["tar-in", "etc.tar", "/s2/var"]);
+    assert_eq!(ok(&["ls", "/var"]), both);
+    assert_eq!(ok(&["cat", "/s2/var/hostname"]), "kept\n");
+    let _ = ok(&["rm", "-r", "/s2/var/new"]);
+    assert_eq!(ok(&["ls", "/var"]), "hostname\n");
+
+    // A folder of the host behind a link, and times before 1970.
+    fs::create_dir_all(kept.dir.join("tree/sub")).unwrap();
+    let file = fs::File::create(kept.dir.join("tree/sub/old")).unwrap();
+    file.set_modified(UNIX_EPOCH - Duration::from_secs(315_619_200)).unwrap();
+    std::os::unix::fs::symlink("tree", kept.dir.join("to-tree")).unwrap();
+    let _ = ok(&["put", "to-tree", "/s2/var/"]);
+    let _ = ok(&["put", "tree/sub/old", "/s2/var"]);
+    let found = ok(&["find", "--json", "--type", "f", "--name", "old", "/var"]);
+    let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+    let found: Vec<_> =
+        found.as_array().unwrap().iter().map(|file| (&file["path"], &file["modified"]["seconds"])).collect();
+    let time = &serde_json::Value::from(-315_619_200);
+    assert_eq!(found, [(&"/var/old".into(), time), (&"/var/to-tree/sub/old".into(), time)]);
+    let _ = ok(&["get", "/s2/var/to-tree", "back"]);
+    assert_eq!(fs::metadata(kept.dir.join("back/sub/old")).unwrap().mtime(), -315_619_200);
+    let _ = ok(&["mkdir", "-p", "/s2/var/a/b"]);
+    let edit = kept.run(&["fs", "edit", "-b", ".b", "disk.raw", "/s2/var/hostname"]);
+    let _ = edit.env("EDITOR", "sed -i s/kept/edited/").ok();
+    assert_eq!(ok(&["cat", "/var/hostname", "/var/hostname.b"]), "edited\nkept\n");
+    assert_eq!(ok(&["ls", "/var"]), "a\nhostname\nhostname.b\nold\nto-tree\n");
+    let _ = ok(&["rm", "-r", "/var/a", "/var/hostname", "/var/hostname.b", "/var/old", "/var/to-tree"]);
+}
+
+/// What is no regular file is refused, not waited for; input that does not come ends with a signal.
+fn special_files_and_silent_input(kept: &Kept) {
+    for words in [
+        &["cat", "disk.raw", "/s2/fifo"][..],
+        &["get", "disk.raw", "/s2/fifo", "-"],
+        &["edit", "disk.raw", "/s2/fifo"],
+    ] {
+        kept.run(&[&["fs"], words].concat()).fails(1).says(&["/s2/fifo"]);
+    }
+    let put = |to: &str| kept.run(&["fs", "put", "disk.raw", "-", to]);
+    put("/s2/fifo").stdin_bytes(b"x".to_vec()).fails(1).says(&["fifo"]);
+    // Not the appliance's disk.
+    put("/dev/sda").stdin_bytes(b"x".to_vec()).fails(1).says(&["/dev"]);
+
+    let silent = kept.dir.join("silent");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &silent, rustix::fs::Mode::RWXU).unwrap();
+    let _writer = fs::File::options().read(true).write(true).open(&silent).unwrap();
+    let id = kept.list()[0]["id"].clone();
+    for waits in
+        [put("/var/x").stdin_file(&silent), kept.run(&["fs", "tar-in", "disk.raw", "silent", "/var"])]
+    {
+        let waits = waits.spawn();
+        std::thread::sleep(Duration::from_millis(500));
+        waits.signal(Signal::TERM);
+        assert!(waits.ended_within(Duration::from_secs(5)));
+        assert_eq!(waits.wait().code, Some(128 + Signal::TERM.as_raw()));
+    }
+    // The session is as good as before, and of the file is nothing left.
+    assert_eq!(kept.run(&["fs", "ls", "disk.raw", "/var"]).ok().out(), "");
+    assert_eq!(kept.list()[0]["id"], id);
 }
 
 /// QEMU cannot write to a VMDK of ours: the session's server does.

@@ -34,6 +34,14 @@ impl Kept {
         }
         fs::create_dir_all(dir.join("root/etc")).unwrap();
         fs::write(dir.join("root/etc/hostname"), "kept\n").unwrap();
+        for (target, link) in [("/etc", "s2/etc"), ("/var", "s2/var")] {
+            fs::create_dir_all(dir.join("root/s2")).unwrap();
+            fs::create_dir_all(dir.join("root/var")).unwrap();
+            std::os::unix::fs::symlink(target, dir.join("root").join(link)).unwrap();
+        }
+        rustix::fs::mkfifoat(rustix::fs::CWD, dir.join("root/s2/fifo"), rustix::fs::Mode::RWXU).unwrap();
+        fs::write(dir.join("root/linked"), "linked").unwrap();
+        fs::hard_link(dir.join("root/linked"), dir.join("root/other")).unwrap();
         File::create(dir.join("disk.raw")).unwrap().set_len(64 << 20).unwrap();
         let table = b"label: gpt\nstart=2048, type=linux\n".to_vec();
         let _ = Cmd::new("sfdisk").args(["-q", "disk.raw"]).stdin_bytes(table).dir(dir).ok();
@@ -60,6 +68,13 @@ impl Kept {
         assert!(!found.is_empty(), "no process of {word}");
         for pid in found {
             let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+        }
+    }
+
+    /// Has the appliances go on no more.
+    pub(crate) fn stop_qemu(&self) {
+        for pid in self.processes("-kernel") {
+            kill_process(Pid::from_raw(pid).unwrap(), Signal::STOP).unwrap();
         }
     }
 

@@ -1,11 +1,11 @@
 //! Copying between host and guest: `get`, `put`, `tar-out`, `tar-in`.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown};
+use std::path::Path;
 use std::thread;
 
 use diskmill_guestfs::Command;
@@ -19,6 +19,9 @@ use super::meta::Meta;
 use super::name::{base, guest_path, join, parent, shown};
 use super::output::print_json;
 use super::pack::{Owner, open_regular, pack};
+use super::replace::replace;
+use super::target::Target;
+use super::watch::{self, Interruptible};
 use crate::exit::{Exit, Failure};
 
 pub(crate) fn get(args: &GetArgs) -> Result<Exit, Failure> {
@@ -89,40 +92,39 @@ fn host_name(path: &[u8]) -> Result<&OsStr, Failure> {
 
 fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) -> Result<Copied, Failure> {
     let failed = |error: io::Error| host_failure(to, &error);
-    // Under a name of its own until it is whole.
-    let mut file =
-        tempfile::Builder::new().prefix(".diskmill-").tempfile_in(folder_of(to)).map_err(failed)?;
-    let bytes = guest.download(path, &mut file)?;
-    if keep.owners {
-        fchown(&file, Some(meta.user), Some(meta.group)).map_err(failed)?;
+    if !keep.existing && to.symlink_metadata().is_ok() {
+        return Err(exists(to, &io::ErrorKind::AlreadyExists.into()));
     }
-    let mode = meta.permissions() & if keep.owners { 0o7777 } else { 0o777 };
-    file.as_file().set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
-    let time = system_time(meta.modified.seconds, meta.modified.nanos);
-    file.as_file().set_modified(time).map_err(failed)?;
-    let placed =
-        if keep.existing { file.persist(to).map(drop) } else { file.persist_noclobber(to).map(drop) };
-    placed.map_err(|error| exists(to, &error.error))?;
+    let mut target = Target::open(to, 0o600).map_err(failed)?;
+    let bytes = guest.download(path, &mut target)?;
+    if let Some(file) = target.fresh() {
+        if keep.owners {
+            fchown(file, Some(meta.user), Some(meta.group)).map_err(failed)?;
+        }
+        let mode = meta.permissions() & if keep.owners { 0o7777 } else { 0o777 };
+        file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)?;
+        file.set_modified(system_time(meta.modified.seconds, meta.modified.nanos)).map_err(failed)?;
+    }
+    target.publish(keep.existing).map_err(|error| exists(to, &error))?;
     Ok(Copied::file(bytes))
 }
 
 fn system_time(seconds: i64, nanos: i64) -> std::time::SystemTime {
-    let length = |seconds: u64| std::time::Duration::new(seconds, nanos.clamp(0, 999_999_999) as u32);
-    let epoch = std::time::UNIX_EPOCH;
-    let time = match u64::try_from(seconds) {
-        Ok(seconds) => epoch.checked_add(length(seconds)),
-        Err(_) => epoch.checked_sub(std::time::Duration::from_secs(seconds.unsigned_abs())),
-    };
-    time.unwrap_or(epoch)
+    let (epoch, length) = (std::time::UNIX_EPOCH, std::time::Duration::from_secs(seconds.unsigned_abs()));
+    let time = if seconds < 0 { epoch.checked_sub(length) } else { epoch.checked_add(length) };
+    // The part of a second counts forward, before 1970, too.
+    let nanos = std::time::Duration::from_nanos(nanos.clamp(0, 999_999_999).unsigned_abs());
+    time.and_then(|time| time.checked_add(nanos)).unwrap_or(epoch)
 }
 
 fn get_tree(guest: &mut Guest, path: &[u8], to: &Path, keep: Keep) -> Result<Copied, Failure> {
+    let real = guest.real_path(path)?;
     match fs::DirBuilder::new().create(to) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && keep.existing => {}
         made => made.map_err(|error| exists(to, &error))?,
     }
     let (reader, mut writer) = pipe()?;
-    let command = Command::new("tar-out").arg(path).output().opt("numericowner", "true");
+    let command = Command::new("tar-out").arg(real).output().opt("numericowner", "true");
     thread::scope(|scope| {
         let unpacking = scope.spawn(move || {
             let mut reader = reader;
@@ -237,7 +239,7 @@ fn put_file(
 ) -> Result<Copied, Failure> {
     let failed = |error: io::Error| host_failure(source, &error);
     let mut input: Box<dyn Read> = match meta {
-        None => Box::new(io::stdin().lock()),
+        None => Box::new(watch::stdin()?),
         // Links were followed: what they lead to is opened.
         Some(_) => {
             let real = fs::canonicalize(source).map_err(failed)?;
@@ -245,38 +247,35 @@ fn put_file(
         }
     };
     let mut counted = Counted::new(&mut *input);
-    let fresh = guest.lstat_if_there(to)?.is_none();
-    if let Err(failure) = guest.upload(&mut counted, to) {
-        if fresh {
-            // Half a file is of no use, and may fill the disk.
-            let _ = guest.try_call(Command::new("rm-f").arg(to));
-        }
-        return Err(failure);
-    }
-    let bytes = counted.bytes;
     let mode = args.mode.or(meta.map(|meta| meta.mode() & 0o7777)).unwrap_or(0o644);
     let (user, group) = match (args.owner.unwrap_or_default(), meta) {
         (Owner::Ids { user, group }, _) => (user, group),
         (owner, Some(meta)) => owner.of(meta),
         (Owner::Kept, None) => (0, 0),
     };
-    if owners {
-        guest.chown(to, user, group)?;
-        guest.chmod(to, mode)?;
-    }
-    if let Some(meta) = meta {
-        guest.set_modified(to, meta.mtime(), meta.mtime_nsec())?;
-    }
+    replace(guest, &mut counted, to, |guest, path| {
+        if owners {
+            guest.chown(path, user, group)?;
+            guest.chmod(path, mode)?;
+        }
+        match meta {
+            Some(meta) => guest.set_modified(path, meta.mtime(), meta.mtime_nsec()),
+            None => Ok(()),
+        }
+    })?;
+    let bytes = counted.bytes;
     Ok(Copied::file(bytes))
 }
 
 fn put_tree(guest: &mut Guest, source: &Path, to: &[u8], args: &PutArgs) -> Result<Copied, Failure> {
+    // What is named follows links, what is below does not.
+    let source = &fs::canonicalize(source).map_err(|error| host_failure(source, &error))?;
     if guest.lstat_if_there(to)?.is_none() {
         guest.call(Command::new("mkdir").arg(to))?;
     }
     let (mut reader, writer) = pipe()?;
     let (owner, mode) = (args.owner.unwrap_or_default(), args.mode);
-    let command = Command::new("tar-in").input().arg(to);
+    let command = Command::new("tar-in").input().arg(guest.real_path(to)?);
     thread::scope(|scope| {
         let packing = scope
             .spawn(move || pack(source, b".", owner, mode, io::BufWriter::with_capacity(256 << 10, writer)));
@@ -310,8 +309,10 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         let folder = folder_of(&args.archive);
         fs::metadata(folder).map_err(|error| host_failure(folder, &error))?;
     }
+    let failed = |error: io::Error| host_failure(&args.archive, &error);
+    let target = if to_stdout { None } else { Some(Target::open(&args.archive, 0o666).map_err(failed)?) };
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
-    let folder = guest_path(&args.folder);
+    let folder = guest.real_path(&guest_path(&args.folder))?;
     let mut command = Command::new("tar-out").arg(&folder).output().opt("numericowner", "true");
     if let Some(compress) = args.compress {
         command = command.opt("compress", compress.name());
@@ -324,21 +325,15 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
     if !args.exclude.is_empty() {
         command = command.opt_list("excludes", args.exclude.iter().map(|glob| glob.as_bytes()));
     }
-    let bytes = if to_stdout {
+    let bytes = if let Some(target) = target {
+        let mut out = Counted::new(target);
+        guest.send(&command, None, &mut out)?;
+        out.inner.publish(true).map_err(failed)?;
+        out.bytes
+    } else {
         let mut out = Counted::new(io::stdout());
         guest.send(&command, None, &mut out)?;
         out.flush()?;
-        out.bytes
-    } else {
-        let failed = |error: io::Error| host_failure(&args.archive, &error);
-        let mut builder = tempfile::Builder::new();
-        let file = builder
-            .prefix(".diskmill-")
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(folder_of(&args.archive));
-        let mut out = Counted::new(file.map_err(failed)?);
-        guest.send(&command, None, &mut out)?;
-        out.inner.persist(&args.archive).map_err(|error| failed(error.error))?;
         out.bytes
     };
     guest.finish()?;
@@ -350,12 +345,13 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
 
 pub(crate) fn tar_in(args: &TarInArgs) -> Result<Exit, Failure> {
     let mut input: Box<dyn Read> = if args.archive == Path::new("-") {
-        Box::new(io::stdin().lock())
+        Box::new(watch::stdin()?)
     } else {
-        Box::new(File::open(&args.archive).map_err(|error| host_failure(&args.archive, &error))?)
+        let file = File::open(&args.archive).map_err(|error| host_failure(&args.archive, &error))?;
+        Box::new(Interruptible::new(file)?)
     };
     let mut guest = Guest::mounted(&args.guest, Access::Write)?;
-    let folder = guest_path(&args.folder);
+    let folder = guest.real_path(&guest_path(&args.folder))?;
     let mut command = Command::new("tar-in").input().arg(&folder);
     if let Some(compress) = args.compress {
         command = command.opt("compress", compress.name());
@@ -385,7 +381,7 @@ pub(crate) fn host_failure(path: &Path, error: &io::Error) -> Failure {
 }
 
 /// The folder that a file of the host is in, or would be.
-fn folder_of(path: &Path) -> &Path {
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -405,52 +401,4 @@ fn exists(path: &Path, error: &io::Error) -> Failure {
         return Failure::failed(format!("{path:?} exists already; --force replaces files"));
     }
     host_failure(path, error)
-}
-
-/// A private file of the host with the guest's content, for tools that work on files. Removed when dropped.
-pub(crate) struct LocalCopy {
-    folder: tempfile::TempDir,
-    name: OsString,
-}
-
-impl LocalCopy {
-    /// Copies the file at `path` out of the guest.
-    pub(crate) fn fetch(guest: &mut Guest, path: &[u8]) -> Result<Self, Failure> {
-        let folder = tempfile::Builder::new().prefix("diskmill-").tempdir();
-        let folder =
-            folder.map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
-        // The guest's name may be an option, or drive a terminal.
-        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._".contains(byte);
-        let name: Vec<u8> = base(path).iter().copied().filter(plain).take(200).collect();
-        let name = if name.iter().all(|&byte| byte == b'.') { b"file".to_vec() } else { name };
-        let copy = Self { folder, name: OsStr::from_bytes(&name).to_owned() };
-        let to = copy.path();
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&to);
-        let mut file = file.map_err(|error| host_failure(&to, &error))?;
-        guest.download(path, &mut file)?;
-        Ok(copy)
-    }
-
-    pub(crate) fn path(&self) -> PathBuf {
-        self.folder.path().join(&self.name)
-    }
-
-    /// Puts the copy in the place of the guest's file: beside it first, with its mode, owner and attributes, then under
-    /// its name.
-    pub(crate) fn store(&self, guest: &mut Guest, path: &[u8]) -> Result<(), Failure> {
-        let local = self.path();
-        let mut file = open_regular(&local).map_err(|error| host_failure(&local, &error))?;
-        let beside = [path, format!(".diskmill-{}", std::process::id()).as_bytes()].concat();
-        let stored = guest
-            .upload(&mut file, &beside)
-            .and_then(|()| {
-                let command = Command::new("copy-attributes").arg(path).arg(&beside).opt("all", "true");
-                guest.call(command).map(drop)
-            })
-            .and_then(|()| guest.call(Command::new("mv").arg(&beside).arg(path)).map(drop));
-        if stored.is_err() {
-            let _ = guest.try_call(Command::new("rm-f").arg(&beside));
-        }
-        stored
-    }
 }

@@ -9,10 +9,11 @@ use serde_json::{Map, json};
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::args::{EditArgs, FileType};
-use super::copy::{LocalCopy, host_failure};
+use super::copy::host_failure;
 use super::guest::{Access, Guest};
 use super::name::{self, guest_path, shown};
 use super::output::print_json;
+use super::replace::LocalCopy;
 use crate::exit::{Exit, Failure};
 
 pub(crate) fn edit(args: &EditArgs) -> Result<Exit, Failure> {
@@ -20,7 +21,7 @@ pub(crate) fn edit(args: &EditArgs) -> Result<Exit, Failure> {
     let mut guest = Guest::mounted(&args.guest, Access::Write)?;
     let path = guest_path(&args.path);
     // The file behind a link is replaced, not the link.
-    let path = if guest.lstat(&path)?.is(FileType::Link) { real_path(&mut guest, &path)? } else { path };
+    let path = if guest.lstat(&path)?.is(FileType::Link) { guest.real_path(&path)? } else { path };
     if !guest.lstat(&path)?.is(FileType::File) {
         return Err(Failure::failed(format!("{} is no file", shown(&path))));
     }
@@ -33,8 +34,13 @@ pub(crate) fn edit(args: &EditArgs) -> Result<Exit, Failure> {
     let changed = read()? != before;
     if changed {
         if let Some(suffix) = &args.backup {
-            let backup = [&path, suffix.as_bytes()].concat();
-            guest.call(Command::new("cp-a").arg(&path).arg(&backup))?;
+            let real = guest.real_path(&path)?;
+            let backup = [&real, suffix.as_bytes()].concat();
+            // Copying would follow it.
+            if guest.lstat_if_there(&backup)?.is_some_and(|meta| meta.is(FileType::Link)) {
+                guest.call(Command::new("rm-f").arg(&backup))?;
+            }
+            guest.call(Command::new("cp-a").arg(&real).arg(&backup))?;
         }
         copy.store(&mut guest, &path)?;
     }
@@ -49,14 +55,6 @@ pub(crate) fn edit(args: &EditArgs) -> Result<Exit, Failure> {
         eprintln!("diskmill: {} was not changed", shown(&path));
     }
     Ok(Exit::Done)
-}
-
-fn real_path(guest: &mut Guest, path: &[u8]) -> Result<Vec<u8>, Failure> {
-    let mut real = guest.call(Command::new("realpath").arg(path))?;
-    if real.last() == Some(&b'\n') {
-        real.pop();
-    }
-    Ok(real)
 }
 
 /// As other programs choose: `VISUAL`, `EDITOR`, vi.

@@ -191,7 +191,8 @@ impl Unpacker {
             false => None,
         };
         let bits = if self.keep.owners { 0o7777 } else { 0o777 };
-        let time = Timespec { tv_sec: header.mtime()?.try_into().unwrap_or(i64::MAX), tv_nsec: 0 };
+        // Of a time before 1970 the crate gives the bits of the signed number.
+        let time = Timespec { tv_sec: header.mtime()?.cast_signed(), tv_nsec: 0 };
         Ok(Attributes {
             mode: Mode::from_raw_mode(header.mode()? & bits),
             owner,

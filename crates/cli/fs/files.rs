@@ -243,7 +243,10 @@ fn facts(path: &[u8], entry: &Entry) -> String {
 pub(crate) fn find(args: &FindArgs) -> Result<Exit, Failure> {
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     let root = guest_path(&args.path);
-    let mut names = if guest.lstat(&root)?.is(FileType::Folder) { guest.walk(&root)? } else { Vec::new() };
+    guest.lstat(&root)?;
+    // What is named follows links, what is below does not.
+    let folder = guest.stat_if_there(&root)?.is_some_and(|meta| meta.is(FileType::Folder));
+    let mut names = if folder { guest.walk(&root)? } else { Vec::new() };
     // find(1) begins with where it begins.
     names.insert(0, Vec::new());
     names.retain(|name| {
@@ -281,17 +284,18 @@ fn matches(glob: Option<&OsStr>, name: &[u8]) -> bool {
 }
 
 pub(crate) fn rm(args: &super::args::RmArgs) -> Result<Exit, Failure> {
-    let command = match (args.recursive, args.force) {
-        (true, _) => "rm-rf",
-        (false, true) => "rm-f",
-        (false, false) => "rm",
-    };
     change(&args.paths, |guest, path| {
-        // rm-rf is silent about what is not there.
-        if args.recursive && !args.force {
-            guest.lstat(path)?;
+        if !args.recursive {
+            let command = if args.force { "rm-f" } else { "rm" };
+            return guest.call(Command::new(command).arg(path)).map(drop);
         }
-        guest.call(Command::new(command).arg(path)).map(drop)
+        if args.force && guest.lstat_if_there(path)?.is_none() {
+            return Ok(());
+        }
+        // rm-rf is silent about what is not there.
+        guest.lstat(path)?;
+        let path = guest.real_name(path)?;
+        guest.call(Command::new("rm-rf").arg(path)).map(drop)
     })
 }
 

@@ -14,8 +14,10 @@ use super::args::{GuestArgs, ImageArgs};
 use super::drive::Drive;
 use super::failure::guest_refused;
 use super::kept;
+use super::list::Usage;
+use super::meta::type_name;
 use super::meta::{Entry, Meta};
-use super::name::{join, shown};
+use super::name::{join, parent, shown};
 use super::reply::{Record, lines, null_ended, pairs, texts};
 use super::settings::settings;
 use super::watch::Watch;
@@ -188,7 +190,8 @@ impl Guest {
                 "" => Command::new("mount-options").arg(options),
                 fstype => Command::new("mount-vfs").arg(options).arg(fstype),
             };
-            self.call(command.arg(&spec.device).arg(&spec.folder))?;
+            let folder = self.mount_point(&spec.folder);
+            self.call(command.arg(&spec.device).arg(folder))?;
         }
         Ok(())
     }
@@ -268,6 +271,7 @@ impl Guest {
 
     fn mount_one(&mut self, device: &str, folder: &str) -> Result<(), Failure> {
         let command = if self.access == Access::Read { "mount-ro" } else { "mount" };
+        let folder = self.mount_point(folder);
         self.call(Command::new(command).arg(device).arg(folder)).map(drop)
     }
 
@@ -350,6 +354,12 @@ impl Guest {
         }
     }
 
+    /// Removes a file that is of no use any more, be the verb interrupted or not.
+    pub(crate) fn discard(&mut self, path: &[u8]) {
+        // The error that led here is what counts.
+        let _ = self.session.tidy(&Command::new("rm-f").arg(path));
+    }
+
     /// The output as one line of text.
     pub(crate) fn text(&mut self, command: Command) -> Result<String, Failure> {
         let output = self.call(command)?;
@@ -371,13 +381,29 @@ impl Guest {
 
     /// The same, and `None` if there is no such file.
     pub(crate) fn lstat_if_there(&mut self, path: &[u8]) -> Result<Option<Meta>, Failure> {
-        match self.session.call(&Command::new("lstatns").arg(path)) {
+        self.if_there("lstatns", path)
+    }
+
+    /// Metadata of what the path leads to, and `None` if it leads nowhere.
+    pub(crate) fn stat_if_there(&mut self, path: &[u8]) -> Result<Option<Meta>, Failure> {
+        self.if_there("statns", path)
+    }
+
+    fn if_there(&mut self, command: &str, path: &[u8]) -> Result<Option<Meta>, Failure> {
+        match self.session.call(&Command::new(command).arg(path)) {
             Ok(output) => {
-                Meta::from_record(&Record::single(&output)).map(Some).ok_or_else(|| strange("lstatns", path))
+                Meta::from_record(&Record::single(&output)).map(Some).ok_or_else(|| strange(command, path))
             }
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(self.watch.failure(error)),
         }
+    }
+
+    /// Metadata of what the path leads to, which must be a regular file: reading a FIFO would wait for ever, a device is the
+    /// appliance's own.
+    fn readable(&mut self, path: &[u8]) -> Result<Meta, Failure> {
+        let meta = self.stat(path)?;
+        if meta.is(FileType::File) { Ok(meta) } else { Err(no_file(path, &meta)) }
     }
 
     /// Where a symbolic link leads.
@@ -396,7 +422,15 @@ impl Guest {
 
     /// The paths of all that is below a folder, relative to it, sorted.
     pub(crate) fn walk(&mut self, folder: &[u8]) -> Result<Vec<Vec<u8>>, Failure> {
-        self.list(Command::new("find0").arg(folder).output())
+        let real = self.real_path(folder)?;
+        let mut names = self.list(Command::new("find0").arg(real).output())?;
+        // Of any folder but the root, libguestfs leaves the slash behind it.
+        for name in &mut names {
+            if name.first() == Some(&b'/') {
+                name.remove(0);
+            }
+        }
+        Ok(names)
     }
 
     fn list(&mut self, command: Command) -> Result<Vec<Vec<u8>>, Failure> {
@@ -483,6 +517,7 @@ impl Guest {
     /// Copies a file of the guest to `output`: a small one in one call, which takes milliseconds where a download, for
     /// which the appliance starts a program, takes a hundred.
     pub(crate) fn print(&mut self, path: &[u8], output: &mut dyn Write) -> Result<(), Failure> {
+        self.readable(path)?;
         let command = Command::new("pread").arg(path).arg(SMALL.to_string()).arg("0");
         match self.try_call(command)? {
             Some(content) if content.len() < SMALL => Ok(output.write_all(&content)?),
@@ -492,13 +527,14 @@ impl Guest {
 
     /// Copies a file of the guest to `output`.
     pub(crate) fn download(&mut self, path: &[u8], output: &mut dyn Write) -> Result<u64, Failure> {
-        let result = self.session.download(path_of(path), output);
+        self.readable(path)?;
+        let result = self.session.download(path_of(&no_device(path)), output);
         result.map_err(|error| self.watch.failure(error))
     }
 
     /// Copies `input` to a file of the guest.
     pub(crate) fn upload(&mut self, input: &mut dyn Read, path: &[u8]) -> Result<(), Failure> {
-        let result = self.session.upload(input, path_of(path));
+        let result = self.session.upload(input, path_of(&no_device(path)));
         result.map_err(|error| {
             // libguestfs keeps the reason of a write that failed to itself.
             let full = error.kind() == Kind::Command && self.is_full(path);
@@ -514,12 +550,23 @@ impl Guest {
 
     /// Whether next to nothing is free where `path` is.
     fn is_full(&mut self, path: &[u8]) -> bool {
-        let folder = path.iter().rposition(|&byte| byte == b'/').and_then(|slash| path.get(..=slash));
-        let found = self.try_call(Command::new("statvfs").arg(folder.unwrap_or(b"/")));
-        let found = Record::single(&found.ok().flatten().unwrap_or_default());
+        let found = self.space_at(path).unwrap_or_default();
+        let found = Record::single(&found);
         let number = |name| found.number::<u64>(name);
         // Some file systems hold a little back.
         number("blocks").zip(number("bavail")).is_some_and(|(all, free)| free <= all / 50)
+    }
+
+    /// What statvfs says of the folder that `path` is in.
+    fn space_at(&mut self, path: &[u8]) -> Result<Vec<u8>, Failure> {
+        let folder = self.real_path(parent(path))?;
+        self.call(Command::new("statvfs").arg(folder))
+    }
+
+    /// Whether there is room for so many bytes more beside `path`.
+    pub(crate) fn has_room(&mut self, path: &[u8], bytes: u64) -> Result<bool, Failure> {
+        let found = Usage::from_record(&Record::single(&self.space_at(path)?));
+        Ok(found.is_none_or(|usage| usage.available >= bytes))
     }
 
     /// Changes permissions, with set-user-ID and the like.
@@ -541,10 +588,7 @@ impl Guest {
 
     /// The file system that the folder `path` is on, in blkid's words; empty where it is not known.
     pub(crate) fn filesystem_at(&mut self, path: &[u8]) -> Result<String, Failure> {
-        let mut real = self.call(Command::new("realpath").arg(path))?;
-        if real.last() == Some(&b'\n') {
-            real.pop();
-        }
+        let real = self.real_path(path)?;
         let below = |folder: &str| {
             let rest = real.strip_prefix(folder.trim_end_matches('/').as_bytes());
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
@@ -586,6 +630,17 @@ fn batch_len(names: &[Vec<u8>]) -> usize {
         bytes <= BATCH_BYTES
     };
     names.iter().take(BATCH).take_while(fits).count().max(1)
+}
+
+/// The path as upload and download take it: what begins with `/dev/` is a device of the appliance to them.
+fn no_device(path: &[u8]) -> Vec<u8> {
+    if path.starts_with(b"/dev/") { [b"/.", path].concat() } else { path.to_vec() }
+}
+
+/// The error of what would be read or written and is no regular file.
+pub(crate) fn no_file(path: &[u8], meta: &Meta) -> Failure {
+    let kind = meta.kind().map_or("unknown", type_name);
+    Failure::failed(format!("{}: a regular file is needed, and this is a {kind}", shown(path)))
 }
 
 fn path_of(path: &[u8]) -> &Path {

@@ -128,9 +128,19 @@ pub(crate) fn find(
     access: Access,
     say: &dyn Fn(&str),
 ) -> Result<Option<Kept>, Failure> {
-    let all = Kept::list();
+    let mut all = Kept::list();
     if all.is_empty() || access == Access::Discard {
         return Ok(None);
+    }
+    let replaced = |kept: &Kept| -> io::Result<bool> {
+        let same = match served_as(kept) {
+            Some((_, name)) => name.starts_with(&format!("{}-", file_name(&metadata(file)?))),
+            None => kept.writes_to(file),
+        };
+        Ok(!same && kept.label() == label(file))
+    };
+    for kept in all.extract_if(.., |kept| replaced(kept).unwrap_or(false)) {
+        end(&kept, "the image has been replaced since it was started", say)?;
     }
     if let Some((kept, format)) = all.iter().find_map(|kept| Some((kept, writes_as(kept, file)?))) {
         if served_as(kept).is_some_and(|(socket, _)| UnixStream::connect(socket).is_err()) {
@@ -162,7 +172,7 @@ pub(crate) fn find(
     let image = Image::open(file, &OpenOptions { locked: options.keys.is_empty(), ..options })?;
     let unreadable = |error| Failure::failed(format!("{}: {error}", names::shown(&file.to_string_lossy())));
     let wanted = Identity::of(&image, args, file).map_err(unreadable)?;
-    let (prefix, path) = (wanted.prefix(), label(file));
+    let prefix = wanted.prefix();
     let mut found = None;
     for kept in &all {
         let Some((socket, name)) = served_as(kept) else { continue };
@@ -178,8 +188,6 @@ pub(crate) fn find(
         let same_options = name.contains(&format!("-{}-", wanted.options));
         if this_file && same_options {
             end(kept, "the image has changed since it was started", say)?;
-        } else if !this_file && kept.label() == path {
-            end(kept, "the image has been replaced since it was started", say)?;
         }
     }
     Ok(found)

@@ -62,18 +62,18 @@ impl Kind {
 
 /// How full a file system is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Usage {
+pub(crate) struct Usage {
     /// Bytes.
     total: u64,
     free: u64,
     /// For users other than root.
-    available: u64,
+    pub(crate) available: u64,
     inodes: u64,
     inodes_free: u64,
 }
 
 impl Usage {
-    fn from_record(record: &Record) -> Option<Self> {
+    pub(crate) fn from_record(record: &Record) -> Option<Self> {
         let unit: u64 =
             record.number("frsize").filter(|&unit| unit > 0).or_else(|| record.number("bsize"))?;
         let bytes = |name| Some(record.number::<u64>(name)?.saturating_mul(unit));

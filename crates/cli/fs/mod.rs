@@ -29,13 +29,16 @@ mod name;
 pub(crate) mod order;
 pub(crate) mod output;
 mod pack;
+mod paths;
 pub(crate) mod prepare;
 mod registry;
+mod replace;
 mod reply;
 mod run;
 pub(crate) mod settings;
 mod sparsify;
 pub(crate) mod table;
+mod target;
 mod tools;
 pub(crate) mod watch;
 

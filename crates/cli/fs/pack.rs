@@ -85,7 +85,7 @@ fn one(
     let (user, group) = owner.of(&meta);
     header.set_uid(user.into());
     header.set_gid(group.into());
-    header.set_mtime(meta.mtime().try_into().unwrap_or(0));
+    set_mtime(&mut header, meta.mtime());
     header.set_size(0);
     let name = Path::new(std::ffi::OsStr::from_bytes(name));
     if kind.is_dir() {
@@ -116,6 +116,20 @@ fn one(
     Ok(kind.is_dir())
 }
 
+/// Seconds since 1970. Before that, in base 256 with the sign, as GNU tar writes them.
+fn set_mtime(header: &mut Header, seconds: i64) {
+    match u64::try_from(seconds) {
+        Ok(seconds) => header.set_mtime(seconds),
+        Err(_) => {
+            let field = &mut header.as_old_mut().mtime;
+            field.fill(0xff);
+            if let Some(number) = field.last_chunk_mut() {
+                *number = seconds.to_be_bytes();
+            }
+        }
+    }
+}
+
 /// Opens a regular file, and nothing that took its place since it was looked at: no link, no FIFO to wait for.
 pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -139,12 +153,19 @@ mod tests {
         fs::create_dir_all(&deep).unwrap();
         fs::write(deep.join("file\n"), [7; 3000]).unwrap();
         fs::set_permissions(deep.join("file\n"), fs::Permissions::from_mode(0o640)).unwrap();
+        // 1960, and the earliest time that ext4 has.
+        let times = [-315_619_200_i64, i32::MIN.into()];
+        for seconds in times {
+            let file = File::create(source.join(format!("old{seconds}"))).unwrap();
+            let time = std::time::UNIX_EPOCH - std::time::Duration::from_secs(seconds.unsigned_abs());
+            file.set_modified(time).unwrap();
+        }
         symlink("x".repeat(150), source.join("link")).unwrap();
         rustix::fs::mkfifoat(rustix::fs::CWD, source.join("fifo"), rustix::fs::Mode::RWXU).unwrap();
 
         let mut archive = Vec::new();
         let packed = pack(&source, b"tree", Owner::Ids { user: 3, group: 4 }, None, &mut archive).unwrap();
-        assert_eq!(packed, Copied { files: 1, folders: 3, links: 1, bytes: 3000, left_out: 1 });
+        assert_eq!(packed, Copied { files: 3, folders: 3, links: 1, bytes: 3000, left_out: 1 });
         for entry in tar::Archive::new(&archive[..]).entries().unwrap() {
             let entry = entry.unwrap();
             assert_eq!((entry.header().uid().unwrap(), entry.header().gid().unwrap()), (3, 4));
@@ -153,10 +174,13 @@ mod tests {
         let out = dir.path().join("out");
         fs::create_dir(&out).unwrap();
         let unpacked = unpack(&archive[..], &out, Keep::default()).unwrap();
-        assert_eq!((unpacked.files, unpacked.folders, unpacked.links, unpacked.bytes), (1, 3, 1, 3000));
+        assert_eq!((unpacked.files, unpacked.folders, unpacked.links, unpacked.bytes), (3, 3, 1, 3000));
         let file = out.join("tree").join("n".repeat(120)).join("m".repeat(120)).join("file\n");
         assert_eq!(fs::read(&file).unwrap(), [7; 3000]);
         assert_eq!(fs::metadata(&file).unwrap().mode() & 0o7777, 0o640);
+        for seconds in times {
+            assert_eq!(fs::metadata(out.join(format!("tree/old{seconds}"))).unwrap().mtime(), seconds);
+        }
         assert_eq!(fs::read_link(out.join("tree/link")).unwrap(), Path::new(&"x".repeat(150)));
     }
 }

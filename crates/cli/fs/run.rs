@@ -22,7 +22,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     // libguestfs loses the output of a command that fails and cuts it at NUL: both outputs go to files, which are fetched.
     let folder = guest.text(Command::new("mkdtemp").arg("/tmp/.diskmill-XXXXXX"))?;
     let ran = in_folder(&mut guest, &folder, args);
-    guest.call(Command::new("rm-rf").arg(&folder))?;
+    let real = guest.real_path(folder.as_bytes())?;
+    guest.call(Command::new("rm-rf").arg(real))?;
     let exit = ran?;
     guest.finish()?;
     Ok(exit)

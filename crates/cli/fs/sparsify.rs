@@ -178,7 +178,14 @@ fn copy(args: &SparsifyArgs, target: &Path) -> Result<(Vec<String>, u64), Failur
         |_| Exit::Failed,
         |monitor| convert_unnamed(&[source], target, &options, monitor),
     )?;
-    let trimmed = trim(&ImageArgs { format: Some(format), ..args.image.clone() }, fresh.path())?;
+    let trimmed = trim(&ImageArgs { format: Some(format), ..args.image.clone() }, fresh.path());
+    // Until it is done it has a name of its own, which nobody knows.
+    let trimmed = trimmed.map_err(|mut failure| {
+        let [own, known] =
+            [fresh.path(), target].map(|path| names::shown(&path.to_string_lossy()).into_owned());
+        failure.message = failure.message.map(|message| message.replace(&own, &known));
+        failure
+    })?;
     fresh.publish(true)?;
     Ok((trimmed, allocated(target)?))
 }

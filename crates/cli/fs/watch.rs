@@ -1,5 +1,8 @@
 //! What happens beside a session: signals that end it, and progress that is shown.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -8,6 +11,7 @@ use std::time::Duration;
 use diskmill::unlink_all_pending;
 use diskmill_guestfs::{Builder, Cancel, Error, Event, Listener, Options, Settings, WatchdogCommand};
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::iterator::Signals;
 
 use super::failure::{cancelled, failure};
@@ -31,6 +35,37 @@ pub(crate) fn received() -> Option<i32> {
 /// Watches for signals, for a child that is to be told of them.
 pub(crate) fn install() -> Result<(), Failure> {
     cancel().map(drop)
+}
+
+/// Reads, and ends with an error when a signal comes: whoever writes may have nothing to say.
+pub(crate) struct Interruptible {
+    file: File,
+    cancel: Cancel,
+}
+
+impl Interruptible {
+    pub(crate) fn new(file: File) -> Result<Self, Failure> {
+        Ok(Self { file, cancel: cancel()? })
+    }
+}
+
+impl Read for Interruptible {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut fds = [PollFd::new(&self.cancel, PollFlags::IN), PollFd::new(&self.file, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) if fds.first().is_some_and(|cancelled| !cancelled.revents().is_empty()) => {
+                Err(io::Error::other("interrupted"))
+            }
+            Ok(_) => self.file.read(buf),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Standard input, without a buffer that would hide from poll what is there.
+pub(crate) fn stdin() -> Result<Interruptible, Failure> {
+    let file = io::stdin().as_fd().try_clone_to_owned();
+    Interruptible::new(File::from(file.map_err(|error| Failure::failed(format!("standard input: {error}")))?))
 }
 
 /// Cancels every session at the first signal and ends the program at the second.

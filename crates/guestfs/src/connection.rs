@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType, connect, sendmsg, socket_with,
+};
 
 use crate::wire::{self, STATUS_LEN, Status};
 use crate::{Cancel, Error, Kind, Result};
@@ -25,6 +28,8 @@ const TICK: Duration = Duration::from_millis(250);
 /// How long a socket may be there that nobody listens at yet: guestfish binds it a moment before.
 const LISTEN_LIMIT: Duration = Duration::from_millis(500);
 const LISTEN_STEP: Duration = Duration::from_millis(2);
+/// How often a server that takes no more clients for now is tried again.
+const BUSY_STEP: Duration = Duration::from_millis(50);
 
 /// Takes output as it comes.
 pub(crate) type Sink<'a> = dyn FnMut(&[u8]) -> io::Result<()> + 'a;
@@ -39,6 +44,8 @@ pub(crate) struct Patience<'a> {
     pub(crate) until: Option<Instant>,
     /// Called a few times a second: whether the work is seen to go on.
     pub(crate) alive: &'a mut dyn FnMut() -> bool,
+    /// How long a call that is cancelled may take to end: only then can the next one be made.
+    pub(crate) grace: Duration,
 }
 
 impl Patience<'_> {
@@ -123,22 +130,36 @@ pub(crate) struct Connection {
     output: Option<PipeReader>,
     /// Whether the server has answered: hello has no answer of its own, and a server that does not take it closes.
     answered: bool,
+    /// Whether a call has begun that has not ended.
+    busy: bool,
 }
 
 impl Connection {
-    /// Connects to the server's socket and says hello.
-    pub(crate) fn open(path: &Path, version: &str) -> Result<Self> {
-        let until = Instant::now() + LISTEN_LIMIT;
+    /// Connects to the server's socket and says hello. A server that is busy has room for a few clients; the next ones wait.
+    pub(crate) fn open(path: &Path, version: &str, patience: &mut Patience<'_>) -> Result<Self> {
+        let lost = |e: io::Error| Error::io(format!("cannot reach guestfish at {}", path.display()), e);
+        let address = SocketAddrUnix::new(path).map_err(|e| lost(e.into()))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let began = Instant::now();
         let socket = loop {
-            match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < until => {
-                    thread::sleep(LISTEN_STEP);
+            // Linux: a socket that could not be connected can be tried again, but a fresh one has no past.
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+                .map_err(|e| lost(e.into()))?;
+            match connect(&socket, &address) {
+                Ok(()) => break UnixStream::from(socket),
+                Err(Errno::CONNREFUSED) if began.elapsed() < LISTEN_LIMIT => thread::sleep(LISTEN_STEP),
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    if patience.cancel.is_cancelled() {
+                        return Err(cancelled());
+                    }
+                    let left = patience.left(began)?;
+                    thread::sleep(left.min(BUSY_STEP));
                 }
-                other => break other,
+                Err(e) => return Err(lost(e.into())),
             }
         };
-        let lost = |e| Error::io(format!("cannot reach guestfish at {}", path.display()), e);
-        Self::over(socket.map_err(lost)?, version)
+        socket.set_nonblocking(false).map_err(lost)?;
+        Self::over(socket, version)
     }
 
     /// Hands over the output pipe and says hello: one byte that carries the descriptor, then the version.
@@ -157,7 +178,7 @@ impl Connection {
         drop(theirs);
         socket.write_all(&wire::hello(version)?).map_err(lost)?;
         socket.set_nonblocking(true).map_err(lost)?;
-        Ok(Self { socket, output: Some(output), answered: false })
+        Ok(Self { socket, output: Some(output), answered: false, busy: false })
     }
 
     /// Whether it can take another call.
@@ -165,11 +186,16 @@ impl Connection {
         self.output.is_some()
     }
 
+    /// Whether the server still works for a call that was given up.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy
+    }
+
     /// Sends one call and waits for its status; all output has gone into `sink` by then.
     ///
     /// # Errors
     /// `Died` when the server closes the connection, `Version` when it does so before its first answer, `Timeout`,
-    /// `Cancelled`; `Io` when `sink` or the input's source fails (the call is over then too).
+    /// `Cancelled`, after the call has ended or the patience's grace is over; `Io` when `sink` or the input's source fails (the call is over then too).
     pub(crate) fn call(
         &mut self,
         request: &[u8],
@@ -198,13 +224,26 @@ impl Connection {
         let mut buffer = vec![0; CHUNK];
         let mut sink_failed = None;
         let mut heard = Instant::now();
+        let mut given_up: Option<Instant> = None;
         loop {
-            let ready = self.wait(unsent, input.as_deref(), patience, heard)?;
+            let ready = self.wait(unsent, input.as_deref(), patience, heard, given_up.is_some())?;
             let mut moved = ready.input;
-            if ready.cancelled {
-                return Err(Error::new(Kind::Cancelled, "cancelled"));
+            if ready.cancelled && !self.busy {
+                return Err(cancelled());
+            }
+            if ready.cancelled && given_up.is_none() {
+                given_up = Some(Instant::now());
+                // What reads or writes a stream ends with it.
+                if let Some(input) = input.as_deref_mut() {
+                    input.writer = None;
+                }
+                self.output = None;
+            }
+            if given_up.is_some_and(|at| at.elapsed() >= patience.grace) {
+                return Err(cancelled());
             }
             if ready.send {
+                self.busy = true;
                 let sent = send(&mut self.socket, unsent)?;
                 unsent = unsent.get(sent..).unwrap_or_default();
                 moved = true;
@@ -220,7 +259,10 @@ impl Connection {
                 moved |= self.drain(&mut buffer, sink, &mut sink_failed, done.is_some());
             }
             if let Some(status) = done {
-                self.answered = true;
+                (self.answered, self.busy) = (true, false);
+                if given_up.is_some() {
+                    return Err(cancelled());
+                }
                 if let Some(error) = sink_failed {
                     return Err(Error::io("cannot pass on what comes out of the image", error));
                 }
@@ -242,12 +284,14 @@ impl Connection {
         input: Option<&Input<'_>>,
         patience: &Patience<'_>,
         heard: Instant,
+        given_up: bool,
     ) -> Result<Ready> {
-        let left = patience.left(heard)?;
+        let left = if given_up { patience.grace.min(TICK) } else { patience.left(heard)? };
         let left = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
         let mut socket = PollFlags::IN;
         socket.set(PollFlags::OUT, !unsent.is_empty());
-        let mut fds = vec![PollFd::new(patience.cancel, PollFlags::IN), PollFd::new(&self.socket, socket)];
+        let switch = if given_up { PollFlags::empty() } else { PollFlags::IN };
+        let mut fds = vec![PollFd::new(patience.cancel, switch), PollFd::new(&self.socket, socket)];
         let output = self.output.as_ref().map(|output| {
             fds.push(PollFd::new(output, PollFlags::IN));
             fds.len() - 1
@@ -340,6 +384,10 @@ fn send(socket: &mut UnixStream, bytes: &[u8]) -> Result<usize> {
         }
         Err(e) => Err(Error::io("cannot send to guestfish", e)),
     }
+}
+
+fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "cancelled")
 }
 
 fn gone() -> Error {

@@ -7,7 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags,
+    SocketType, bind, connect, listen, recvmsg, socket_with,
+};
 
 use super::{Connection, Input, Patience};
 use crate::wire::{self, Status, decode};
@@ -77,8 +80,13 @@ fn call(connection: &mut Connection, silence: Duration) -> Result<(Status, Vec<u
         out.extend_from_slice(bytes);
         Ok(())
     };
-    let mut patience =
-        Patience { cancel: &cancel, silence: Some(silence), until: None, alive: &mut || false };
+    let mut patience = Patience {
+        cancel: &cancel,
+        silence: Some(silence),
+        until: None,
+        alive: &mut || false,
+        grace: Duration::ZERO,
+    };
     let request = wire::call("ls", &[b"/".to_vec()]).unwrap();
     let status = connection.call(&request, None, &mut sink, &mut patience)?;
     Ok((status, out))
@@ -179,7 +187,8 @@ fn a_switch_ends_the_wait_at_once() {
     });
     let cancel = Cancel::new().unwrap();
     cancel.cancel();
-    let mut patience = Patience { cancel: &cancel, silence: None, until: None, alive: &mut || false };
+    let mut patience =
+        Patience { cancel: &cancel, silence: None, until: None, alive: &mut || false, grace: Duration::ZERO };
     let request = wire::call("ls", &[]).unwrap();
     let error = connection.call(&request, None, &mut |_| Ok(()), &mut patience).unwrap_err();
     assert_eq!(error.kind(), Kind::Cancelled);
@@ -201,7 +210,13 @@ fn upload(source: &mut dyn io::Read) -> (Result<Status>, Vec<u8>) {
     let cancel = Cancel::new().unwrap();
     let mut input = Input::new(source).unwrap();
     let request = wire::call("upload", &[input.name(), b"/x".to_vec()]).unwrap();
-    let mut patience = Patience { cancel: &cancel, silence: Some(LONG), until: None, alive: &mut || false };
+    let mut patience = Patience {
+        cancel: &cancel,
+        silence: Some(LONG),
+        until: None,
+        alive: &mut || false,
+        grace: Duration::ZERO,
+    };
     let status = connection.call(&request, Some(&mut input), &mut |_| Ok(()), &mut patience);
     (status, server.join().unwrap())
 }
@@ -222,4 +237,82 @@ fn a_stream_in_is_whole_and_its_failure_is_told() {
     }
     let error = upload(&mut Broken).0.unwrap_err();
     assert!(error.kind() == Kind::Io && error.to_string().contains("worn out"), "{error}");
+}
+
+/// A cancelled call is waited for, so that the next one can be made; not for ever.
+#[test]
+fn a_call_that_is_cancelled_ends_or_is_known_to_go_on() {
+    let (mut connection, server) = with(|mut server| {
+        let name = String::from_utf8(server.call().args.remove(0)).unwrap();
+        assert_eq!(std::fs::read(name).unwrap(), b"begun");
+        server.answer(0);
+        server.call();
+        let _ = server.socket.read_to_end(&mut Vec::new());
+    });
+    let cancel = Cancel::new().unwrap();
+    let theirs = cancel.clone();
+    /// Begins, then is interrupted.
+    struct Begun(Cancel, bool);
+    impl io::Read for Begun {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            if std::mem::replace(&mut self.1, true) {
+                self.0.cancel();
+                return Err(io::Error::other("interrupted"));
+            }
+            buf[..5].copy_from_slice(b"begun");
+            Ok(5)
+        }
+    }
+    let mut source = Begun(theirs, false);
+    let mut input = Input::new(&mut source).unwrap();
+    let request = wire::call("upload", &[input.name(), b"/x".to_vec()]).unwrap();
+    let mut patience =
+        Patience { cancel: &cancel, silence: None, until: None, alive: &mut || false, grace: LONG };
+    let error = connection.call(&request, Some(&mut input), &mut |_| Ok(()), &mut patience).unwrap_err();
+    assert_eq!((error.kind(), connection.is_busy()), (Kind::Cancelled, false));
+
+    let cancel = Cancel::new().unwrap();
+    let theirs = cancel.clone();
+    let switch = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        theirs.cancel();
+    });
+    let grace = Duration::from_millis(300);
+    let mut patience = Patience { cancel: &cancel, silence: None, until: None, alive: &mut || false, grace };
+    let request = wire::call("ls", &[]).unwrap();
+    let error = connection.call(&request, None, &mut |_| Ok(()), &mut patience).unwrap_err();
+    assert_eq!((error.kind(), connection.is_busy()), (Kind::Cancelled, true));
+    switch.join().unwrap();
+    drop(connection);
+    server.join().unwrap();
+}
+
+#[test]
+fn a_server_that_takes_no_more_clients_is_not_waited_for_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let address = SocketAddrUnix::new(&path).unwrap();
+    let socket =
+        || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+    let listening = socket();
+    bind(&listening, &address).unwrap();
+    listen(&listening, 0).unwrap();
+    let mut clients = Vec::new();
+    loop {
+        clients.push(socket());
+        if connect(clients.last().unwrap(), &address).is_err() {
+            break;
+        }
+    }
+    let open = |cancel: &Cancel, silence: Option<Duration>, until: Option<Instant>| {
+        let grace = Duration::ZERO;
+        let mut patience = Patience { cancel, silence, until, alive: &mut || false, grace };
+        Connection::open(&path, "1.48.6", &mut patience).unwrap_err().kind()
+    };
+    let cancel = Cancel::new().unwrap();
+    let short = Duration::from_millis(200);
+    assert_eq!(open(&cancel, Some(short), None), Kind::Timeout);
+    assert_eq!(open(&cancel, None, Some(Instant::now() + short)), Kind::Timeout);
+    cancel.cancel();
+    assert_eq!(open(&cancel, None, None), Kind::Cancelled);
 }

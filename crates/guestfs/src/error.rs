@@ -16,7 +16,7 @@ pub enum Kind {
     Version,
     /// No answer, and no sign of life, within the time limit. The session is over.
     Timeout,
-    /// The caller cancelled. The session is over.
+    /// The caller cancelled. The session is over, but for [`Session::tidy`](crate::Session::tidy).
     Cancelled,
     /// guestfish or its appliance ended in the middle of the work.
     Died,

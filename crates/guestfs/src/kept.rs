@@ -11,7 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::keeper::message::Server;
 use crate::place::{Place, root};
 use crate::process::ProcessId;
-use crate::{Disk, Error, Kind, Result};
+use crate::{Cancel, Disk, Error, Kind, Result};
 
 /// The version of [`State`]; another one is not ours to use.
 const VERSION: u32 = 2;
@@ -23,6 +23,9 @@ const YOUNG: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_millis(5);
 /// How long a session that was told to stop may take to write back and end.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long killed processes may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a session's folder tells other processes: `state.json`, written by the keeper.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -207,22 +210,33 @@ impl Kept {
     /// # Errors
     /// `Busy` if one is.
     pub fn stop_unused(&self) -> Result<()> {
-        match Turn::take(&self.server.place, Duration::ZERO) {
+        match Turn::take(&self.server.place, Duration::ZERO, None) {
             Err(error) if error.kind() == Kind::Busy => Err(error),
             _ => self.stop(),
         }
     }
 
-    /// Ends it, after everything written has been brought to its images, and waits until it is gone.
+    /// Ends it, after everything written has been brought to its images, and waits until it is gone. A command that uses it
+    /// has a while to finish; then all is killed.
     ///
     /// # Errors
-    /// `Busy` if a program that uses it does not let go of it in time.
+    /// `Io` if its processes do not end.
     pub fn stop(&self) -> Result<()> {
         self.keeper.signal(rustix::process::Signal::TERM);
         if self.keeper.wait_gone(STOP_LIMIT) {
             return Ok(());
         }
-        Err(Error::new(Kind::Busy, format!("session {} is still in use", self.id())))
+        self.server.kill();
+        if self.keeper.wait_gone(KILL_LIMIT) {
+            return Ok(());
+        }
+        self.keeper.kill();
+        self.keeper.wait_gone(KILL_LIMIT);
+        sweep();
+        if self.server.process.is_alive() || self.keep.appliance.is_alive() {
+            return Err(Error::new(Kind::Io, format!("the processes of session {} do not end", self.id())));
+        }
+        Ok(())
     }
 }
 
@@ -235,7 +249,11 @@ pub fn sweep() -> Vec<PathBuf> {
         // The folder's name was chosen at random and is in the environment of all that the session started.
         let mut variable = b"XDG_RUNTIME_DIR=".to_vec();
         variable.extend_from_slice(std::os::unix::ffi::OsStrExt::as_bytes(dir.as_os_str()));
-        for process in crate::process::with_variable(&variable) {
+        let processes = crate::process::with_variable(&variable);
+        if let Some(state) = &state {
+            state.place.note_sockets(|| processes.clone());
+        }
+        for process in processes {
             process.kill();
             process.wait_gone(Duration::from_secs(5));
         }
@@ -316,11 +334,11 @@ pub(crate) fn guard(place: &Place) -> Result<File> {
 pub(crate) struct Turn(File);
 
 impl Turn {
-    /// Waits for our turn, `limit` at the most.
+    /// Waits for our turn, `limit` at the most, and until `cancel` is on.
     ///
     /// # Errors
-    /// `Busy` when others do not let go of it; `Died` when the session has ended meanwhile.
-    pub(crate) fn take(place: &Place, limit: Duration) -> Result<Self> {
+    /// `Busy` when others do not let go of it; `Died` when the session has ended meanwhile; `Cancelled`.
+    pub(crate) fn take(place: &Place, limit: Duration, cancel: Option<&Cancel>) -> Result<Self> {
         let path = place.lock();
         let doing = |e| Error::io(format!("cannot lock {}", path.display()), e);
         // The keeper made it: making it here would put it into a folder that is being removed.
@@ -334,6 +352,9 @@ impl Turn {
                 Ok(()) => break,
                 Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() >= end => {
                     return Err(Error::new(Kind::Busy, "another program is using the session"));
+                }
+                Err(_) if cancel.is_some_and(Cancel::is_cancelled) => {
+                    return Err(Error::new(Kind::Cancelled, "cancelled"));
                 }
                 Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => std::thread::sleep(RETRY),
                 Err(e) => return Err(doing(e.into())),

@@ -1,10 +1,13 @@
 //! The folders of sessions: small files and sockets in the user's run-time folder, overlays where there is room.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use crate::process::ProcessId;
 use crate::{Error, Kind, Result, Settings};
 
 /// Where all sessions of this user have their folders: `$XDG_RUNTIME_DIR/diskmill`, else `/tmp/diskmill-UID`.
@@ -60,8 +63,34 @@ impl Place {
 
     /// Removes the folders with all that is in them.
     pub(crate) fn remove(&self) {
+        if let Ok(sockets) = fs::read_link(self.sockets()) {
+            for name in SOCKETS {
+                let _ = fs::remove_file(sockets.join(name));
+            }
+            let _ = fs::remove_dir(sockets);
+        }
         let _ = fs::remove_dir_all(&self.scratch);
         let _ = fs::remove_dir_all(&self.dir);
+    }
+
+    /// Notes the folder that libguestfs has made for the sockets of QEMU, which is one of `processes`, so that it is removed
+    /// with ours: root's is in /tmp whatever it is told, and stays when guestfish is killed.
+    pub(crate) fn note_sockets(&self, processes: impl FnOnce() -> Vec<ProcessId>) {
+        if fs::symlink_metadata(self.sockets()).is_ok() {
+            return;
+        }
+        let arguments =
+            |process: ProcessId| fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+        let mut found = processes().into_iter().filter_map(|process| sockets_named(&arguments(process)));
+        if let Some(folder) = found.next() {
+            // It is only left where that fails.
+            let _ = std::os::unix::fs::symlink(folder, self.sockets());
+        }
+    }
+
+    /// A link to the folder of libguestfs' sockets.
+    fn sockets(&self) -> PathBuf {
+        self.dir.join("sockets")
     }
 
     /// What guestfish writes to its standard error.
@@ -98,6 +127,20 @@ impl Place {
     pub(crate) fn notes(&self) -> PathBuf {
         self.dir.join("notes.json")
     }
+}
+
+/// What libguestfs puts into its folder of sockets.
+const SOCKETS: [&str; 2] = ["guestfsd.sock", "console.sock"];
+
+/// The folder in an appliance's command line, which has `socket,path=/tmp/libguestfsXXXXXX/guestfsd.sock,id=channel0`.
+fn sockets_named(arguments: &[u8]) -> Option<PathBuf> {
+    let [socket, _] = SOCKETS;
+    let paths =
+        arguments.split(|&byte| byte == 0 || byte == b',').filter_map(|word| word.strip_prefix(b"path="));
+    let mut paths = paths.map(|path| Path::new(OsStr::from_bytes(path)));
+    let folder = paths.find(|path| path.file_name() == Some(OsStr::new(socket)))?.parent()?;
+    let ours = folder.file_name()?.as_bytes().starts_with(b"libguestfs");
+    (ours && folder.is_absolute()).then(|| folder.to_owned())
 }
 
 /// Makes the folder if it is not there, and refuses one that others may enter.
@@ -151,4 +194,33 @@ pub(crate) fn random_name() -> io::Result<String> {
     let mut bytes = [0; 4];
     fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(format!("{:08x}", u32::from_ne_bytes(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_of_sockets_goes_with_ours() {
+        let line =
+            |path: &str| format!("qemu\0-chardev\0socket,path={path},id=channel0\0-device\0x").into_bytes();
+        assert_eq!(
+            sockets_named(&line("/tmp/libguestfsAb1234/guestfsd.sock")),
+            Some("/tmp/libguestfsAb1234".into())
+        );
+        for other in ["/tmp/x/guestfsd.sock", "/tmp/libguestfsAb1234/x", "guestfsd.sock", ""] {
+            assert_eq!(sockets_named(&line(other)), None, "{other}");
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let [dir, scratch, sockets] =
+            ["dir", "scratch", "libguestfsAb1234"].map(|name| tmp.path().join(name));
+        for folder in [&dir, &scratch, &sockets] {
+            fs::create_dir(folder).unwrap();
+        }
+        fs::write(sockets.join("guestfsd.sock"), "").unwrap();
+        let place = Place { dir, scratch };
+        std::os::unix::fs::symlink(&sockets, place.sockets()).unwrap();
+        place.remove();
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
+    }
 }

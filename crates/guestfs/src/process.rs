@@ -99,7 +99,7 @@ pub(crate) fn children_of(parent: i32) -> Vec<i32> {
 }
 
 /// The processes that `ancestor` has started, and those have, as one look at all processes shows them.
-fn descendants_of(ancestor: i32) -> Vec<ProcessId> {
+pub(crate) fn descendants_of(ancestor: i32) -> Vec<ProcessId> {
     let mut others: Vec<(i32, ProcessId)> = all()
         .filter_map(|pid| Stat::of(pid).map(|stat| (stat.parent, ProcessId { pid, started: stat.started })))
         .collect();

@@ -8,10 +8,10 @@ use crate::keeper::message::{Reply, Request, Server};
 use crate::kept::{Keep, Kept, KeptDisk, Turn};
 use crate::keys::Keys;
 use crate::messages::{Messages, diagnose, refused_version};
-use crate::process::{ProcessId, children_of};
+use crate::process::ProcessId;
 use crate::watchdog::Keeper;
 use crate::wire::{self, Status};
-use crate::{Command, Disk, Error, Event, Kind, Options, Result};
+use crate::{Cancel, Command, Disk, Error, Event, Kind, Options, Result};
 
 /// The most that [`Session::call`] collects, in bytes; larger outputs go through [`Session::send`].
 pub const MAX_OUTPUT: usize = 256 << 20;
@@ -19,6 +19,10 @@ pub const MAX_OUTPUT: usize = 256 << 20;
 const READ_CHUNK: usize = 2 << 20;
 /// How long we wait for another program that uses a kept session.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
+/// How long a call that is cancelled may take to end before its session is.
+const GRACE: Duration = Duration::from_secs(3);
+/// How long [`Session::tidy`] waits.
+const TIDY_LIMIT: Duration = Duration::from_secs(5);
 /// How long a killed process may be seen after it has closed its sockets.
 const DEATH: Duration = Duration::from_millis(200);
 /// The name of the event handler that hears what QEMU and the appliance say while it starts.
@@ -77,7 +81,14 @@ impl Session {
                 Reply::Failed { kind, message, hint } => return Err(failed(kind, message, hint)),
             }
         };
-        let connection = Connection::open(&server.socket, &server.version)?;
+        let mut patience = Patience {
+            cancel: &options.cancel,
+            silence: None,
+            until: Some(until),
+            alive: &mut || false,
+            grace: Duration::ZERO,
+        };
+        let connection = Connection::open(&server.socket, &server.version, &mut patience)?;
         let mut session = Self {
             connection: Some(connection),
             messages: Messages::new(&server.place),
@@ -96,10 +107,23 @@ impl Session {
     /// the listener count.
     ///
     /// # Errors
-    /// `Died` when it has ended meanwhile; `Busy` when another program does not let go of it.
+    /// `Died` when it has ended meanwhile; `Busy` when another program does not let go of it; `Cancelled`; `Timeout`, which
+    /// ends the session.
     pub fn attach(kept: &Kept, options: Options) -> Result<Self> {
-        let turn = Turn::take(&kept.server.place, TURN_LIMIT)?;
-        let connection = Connection::open(&kept.server.socket, &kept.server.version)?;
+        let turn = Turn::take(&kept.server.place, TURN_LIMIT, Some(&options.cancel))?;
+        let mut patience = Patience {
+            cancel: &options.cancel,
+            silence: options.settings.call_timeout,
+            until: None,
+            alive: &mut || false,
+            grace: Duration::ZERO,
+        };
+        let connection = Connection::open(&kept.server.socket, &kept.server.version, &mut patience);
+        let connection = connection.inspect_err(|error| {
+            if error.kind() == Kind::Timeout {
+                kept.server.kill();
+            }
+        })?;
         Ok(Self {
             connection: Some(connection),
             messages: Messages::new(&kept.server.place),
@@ -129,7 +153,7 @@ impl Session {
         let keep = Keep { idle_secs: idle.as_secs(), disks, label: label.into(), appliance };
         // Lets the next program in, and its time is the first use.
         self.connection = None;
-        drop(Turn::take(&self.server.place, TURN_LIMIT)?);
+        drop(Turn::take(&self.server.place, TURN_LIMIT, Some(&self.options.cancel))?);
         let Owner::Us(keeper) = &mut self.owner else {
             return Err(Error::invalid("the session is kept already"));
         };
@@ -207,7 +231,7 @@ impl Session {
             self.internal(&command)?;
         }
         self.options.tell(Event::Step("starting the appliance"));
-        self.exchange(&Command::new("run"), None, &mut |_| Ok(()), Some(until))?;
+        self.exchange(&Command::new("run"), None, &mut |_| Ok(()), Some(until), Duration::ZERO)?;
         self.internal(&Command::new("delete-event").arg(CONSOLE)).map(drop)
     }
 
@@ -232,7 +256,7 @@ impl Session {
         output: &mut dyn Write,
     ) -> Result<()> {
         command.check()?;
-        self.exchange(command, input, &mut |bytes| output.write_all(bytes), None)
+        self.exchange(command, input, &mut |bytes| output.write_all(bytes), None, self.grace())
     }
 
     /// The content of a file of the guest: for small ones faster than [`download`](Self::download), which makes the
@@ -268,7 +292,7 @@ impl Session {
             count = count.saturating_add(bytes.len() as u64);
             output.write_all(bytes)
         };
-        self.exchange(&command, None, &mut sink, None)?;
+        self.exchange(&command, None, &mut sink, None, self.grace())?;
         Ok(count)
     }
 
@@ -278,7 +302,31 @@ impl Session {
     /// As [`send`](Self::send).
     pub fn upload(&mut self, input: &mut dyn Read, path: impl AsRef<Path>) -> Result<()> {
         let command = Command::new("upload").input().path(path);
-        self.exchange(&command, Some(input), &mut |_| Ok(()), None)
+        self.exchange(&command, Some(input), &mut |_| Ok(()), None, self.grace())
+    }
+
+    /// Sends a command that tidies up after another one, which failed or was cancelled: it gets a few seconds, even if the
+    /// switch is on.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call); `Died` where the session has ended.
+    pub fn tidy(&mut self, command: &Command) -> Result<()> {
+        command.check()?;
+        let cancel = Cancel::new().map_err(|e| Error::io("cannot make an event descriptor", e))?;
+        let theirs = std::mem::replace(&mut self.options.cancel, cancel);
+        let until = Instant::now() + TIDY_LIMIT;
+        let result = self.exchange(command, None, &mut |_| Ok(()), Some(until), Duration::ZERO);
+        self.options.cancel = theirs;
+        result
+    }
+
+    /// How long a call that is cancelled is waited for: where we end the appliance and nothing is written, not at all.
+    fn grace(&self) -> Duration {
+        match self.owner {
+            Owner::Kept(_) => GRACE,
+            _ if self.is_writable() => GRACE,
+            _ => Duration::ZERO,
+        }
     }
 
     /// Ends the session, or lets go of a kept one. If a disk was writable, everything that was written has arrived in its
@@ -321,7 +369,7 @@ impl Session {
             out.extend_from_slice(bytes);
             Ok(())
         };
-        self.exchange(command, None, &mut sink, None)?;
+        self.exchange(command, None, &mut sink, None, self.grace())?;
         Ok(out)
     }
 
@@ -331,6 +379,7 @@ impl Session {
         input: Option<&mut dyn Read>,
         sink: &mut Sink<'_>,
         until: Option<Instant>,
+        grace: Duration,
     ) -> Result<()> {
         if command.takes_input() && input.is_none() {
             return Err(Error::invalid(format!("{}: no stream was given to read", command.name())));
@@ -343,21 +392,25 @@ impl Session {
         let request = wire::call(command.name(), &command.arguments(name.as_deref())?)?;
         let _keys = Keys::offer(&self.server.place, &command.key_lines()?)?;
         self.messages.skip();
-        let connection = match &mut self.connection {
-            Some(connection) if connection.is_usable() => connection,
-            other => {
-                // The server serves one connection at a time.
-                *other = None;
-                other.insert(Connection::open(&self.server.socket, &self.server.version)?)
-            }
-        };
         let (messages, options) = (&mut self.messages, &self.options);
         let mut alive =
             || messages.progress(&mut |done, total| options.tell(Event::Progress { done, total }));
         // The start is silent for most of its time, and has a limit of its own.
         let silence = options.settings.call_timeout.filter(|_| until.is_none());
-        let mut patience = Patience { cancel: &options.cancel, silence, until, alive: &mut alive };
+        let mut patience = Patience { cancel: &options.cancel, silence, until, alive: &mut alive, grace };
+        let connection = match &mut self.connection {
+            Some(connection) if connection.is_usable() => connection,
+            other => {
+                // The server serves one connection at a time.
+                *other = None;
+                match Connection::open(&self.server.socket, &self.server.version, &mut patience) {
+                    Ok(connection) => other.insert(connection),
+                    Err(e) => return Err(self.lost(e.of(command.name()), false)),
+                }
+            }
+        };
         let answer = connection.call(&request, input.as_mut(), sink, &mut patience);
+        let busy = connection.is_busy();
         let said = self.messages.take();
         match answer {
             Ok(Status::Done) => {
@@ -368,7 +421,7 @@ impl Session {
             }
             Ok(Status::Failed) => {
                 let said = format!("{said}\n{}", self.messages.console());
-                Err(self.lost(diagnose(command.name(), &said)))
+                Err(self.lost(diagnose(command.name(), &said), busy))
             }
             Err(e) if e.kind() == Kind::Version => {
                 // A server that is killed closes, too, a moment before it is gone.
@@ -376,15 +429,16 @@ impl Session {
                     true => Error::new(Kind::Died, e.message()).of(command.name()),
                     false => refused_version(&self.server.version, &said),
                 };
-                Err(self.lost(error))
+                Err(self.lost(error, busy))
             }
-            Err(e) => Err(self.lost(e.of(command.name()))),
+            Err(e) => Err(self.lost(e.of(command.name()), busy)),
         }
     }
 
-    /// Ends what is of no more use after `error`.
-    fn lost(&mut self, error: Error) -> Error {
-        if !error.kind().is_fatal() {
+    /// Ends what is of no more use after `error`; `busy`: guestfish still works for a call that was given up.
+    fn lost(&mut self, error: Error, busy: bool) -> Error {
+        // Whoever was cancelled between two calls, or has waited for the end of one, leaves a session that can be used.
+        if !error.kind().is_fatal() || error.kind() == Kind::Cancelled && !busy {
             return error;
         }
         self.ended = true;
@@ -398,13 +452,9 @@ impl Session {
                 }
                 keeper.end();
             }
-            Owner::Kept(_turn) if at_once => {
-                // Its keeper sees that the server has ended, and cleans up.
-                let server = self.server.process;
-                children_of(server.pid).into_iter().filter_map(ProcessId::of).for_each(ProcessId::kill);
-                server.kill();
-            }
-            Owner::Kept(_) | Owner::Nobody => {}
+            // A session that nobody else can use, for all its calls would wait behind this one.
+            Owner::Kept(_turn) => self.server.kill(),
+            Owner::Nobody => {}
         }
         error
     }

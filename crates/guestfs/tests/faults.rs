@@ -40,6 +40,15 @@ struct Running {
     qemu: i32,
     guestfish: i32,
     dir: PathBuf,
+    /// libguestfs' own, for sockets.
+    sockets: PathBuf,
+}
+
+/// The folder in QEMU's command line, `socket,path=/tmp/libguestfsXXXXXX/guestfsd.sock,…`.
+fn sockets(qemu: i32) -> PathBuf {
+    let arguments = String::from_utf8(std::fs::read(format!("/proc/{qemu}/cmdline")).unwrap()).unwrap();
+    let path = arguments.split([',', '\0']).find_map(|word| word.strip_prefix("path=")).unwrap();
+    PathBuf::from(path).parent().unwrap().to_owned()
 }
 
 impl Running {
@@ -48,13 +57,15 @@ impl Running {
         let dir = folder(guestfish);
         let qemu = processes_of(dir.file_name().unwrap().to_str().unwrap());
         let qemu = qemu.into_iter().find(|&pid| is_appliance(pid)).unwrap();
-        Self { qemu, guestfish, dir }
+        Self { qemu, guestfish, dir, sockets: sockets(qemu) }
     }
 
     /// Nothing is left: no process, no folder, no socket.
     fn assert_gone(&self) {
         assert_eq!(processes_of(self.dir.file_name().unwrap().to_str().unwrap()), Vec::<i32>::new());
-        assert!(!self.dir.exists(), "{}", self.dir.display());
+        for dir in [&self.dir, &self.sockets] {
+            assert!(!dir.exists(), "{}", dir.display());
+        }
         let uid = rustix::process::geteuid().as_raw();
         assert!(!PathBuf::from(format!("/tmp/.guestfish-{uid}/socket-{}", self.guestfish)).exists());
     }
@@ -146,7 +157,7 @@ fn a_program_that_is_killed_leaves_nothing_and_neither_does_its_keeper() {
             found = keeper.and_then(|keeper| {
                 let guestfish = children(keeper).into_iter().find(|&pid| !children(pid).is_empty())?;
                 let qemu = children(guestfish).into_iter().find(|&pid| is_appliance(pid))?;
-                Some((keeper, Running { qemu, guestfish, dir: folder(guestfish) }))
+                Some((keeper, Running { qemu, guestfish, dir: folder(guestfish), sockets: sockets(qemu) }))
             });
             found.is_some()
         });

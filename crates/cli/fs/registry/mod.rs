@@ -12,11 +12,12 @@ use serde_json::{Map, Value, json};
 use reg::Key;
 
 use super::args::GuestArgs;
-use super::copy::{LocalCopy, host_failure};
+use super::copy::host_failure;
 use super::external::not_started;
 use super::guest::{Access, Guest};
 use super::name::{self, guest_path};
 use super::output::print_json;
+use super::replace::LocalCopy;
 use super::reply::texts;
 use crate::exit::{Exit, Failure};
 use crate::names;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::kept::Keep;
 use crate::place::Place;
-use crate::process::ProcessId;
+use crate::process::{ProcessId, children_of};
 use crate::{Kind, Settings};
 
 /// The longest line, in bytes.
@@ -57,4 +57,12 @@ pub(crate) struct Server {
     pub(crate) version: String,
     /// The session's folders.
     pub(crate) place: Place,
+}
+
+impl Server {
+    /// Kills it and its appliance. Its keeper sees that, and cleans up.
+    pub(crate) fn kill(&self) {
+        children_of(self.process.pid).into_iter().filter_map(ProcessId::of).for_each(ProcessId::kill);
+        self.process.kill();
+    }
 }

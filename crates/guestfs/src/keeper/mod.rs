@@ -16,7 +16,7 @@ use rustix::process::{Resource, Rlimit, getpid, getrlimit, set_child_subreaper, 
 use crate::connection::{Connection, Patience};
 use crate::kept::{State, Turn, guard, last_use};
 use crate::place::Place;
-use crate::process::{end_all_descendants, reap};
+use crate::process::{descendants_of, end_all_descendants, reap};
 use crate::{Cancel, Error, Kind, Result, Settings, wire};
 
 pub(crate) mod message;
@@ -63,6 +63,7 @@ fn run() -> Result<()> {
     let place = Place::create(&settings)?;
     let _guard = guard(&place).inspect_err(|_| place.remove())?;
     let result = keep_watch(&settings, writable, &place, &mut requests);
+    note_sockets(&place);
     if !end_all_descendants(END_LIMIT) {
         reply(&Reply::Note("guestfish's processes do not end: one of them waits for a disk".to_owned()));
     }
@@ -101,6 +102,7 @@ fn keep_watch(
     let (server, state) = match start() {
         Ok(Some(started)) => started,
         failed => {
+            note_sockets(place);
             end_all_descendants(END_LIMIT);
             place.remove();
             return failed.map(|_| None);
@@ -110,7 +112,7 @@ fn keep_watch(
     let ended = look_after(&server, state, requests);
     let turn = match ended {
         Ok(Ended::WriteBack(turn)) => {
-            let turn = turn.or_else(|| Turn::take(place, WRITE_BACK_LIMIT).ok());
+            let turn = turn.or_else(|| Turn::take(place, WRITE_BACK_LIMIT, None).ok());
             if writable {
                 write_back(&server);
             }
@@ -171,19 +173,26 @@ fn look_after(server: &Server, mut state: State, requests: &mut Requests) -> Res
             }
             Heard::Tick => {
                 reap();
+                // While QEMU is there to ask: nobody can when it is killed.
+                note_sockets(&server.place);
                 let appliance = state.keep.as_ref().map(|keep| keep.appliance);
                 if !server.process.is_alive() || appliance.is_some_and(|process| !process.is_alive()) {
                     return Ok(Ended::AtOnce);
                 }
                 if let Some(keep) = &state.keep
                     && is_idle(&server.place, Duration::from_secs(keep.idle_secs))
-                    && let Ok(turn) = Turn::take(&server.place, Duration::ZERO)
+                    && let Ok(turn) = Turn::take(&server.place, Duration::ZERO, None)
                 {
                     return Ok(Ended::WriteBack(Some(turn)));
                 }
             }
         }
     }
+}
+
+fn note_sockets(place: &Place) {
+    let own = getpid().as_raw_nonzero().get();
+    place.note_sockets(|| descendants_of(own));
 }
 
 fn is_idle(place: &Place, limit: Duration) -> bool {
@@ -195,10 +204,15 @@ fn write_back(server: &Server) {
     let end = Instant::now() + WRITE_BACK_LIMIT;
     let finish = || -> Result<()> {
         let cancel = Cancel::new().map_err(|e| Error::io("cannot make an event descriptor", e))?;
-        let mut connection = Connection::open(&server.socket, &server.version)?;
+        let mut patience = Patience {
+            cancel: &cancel,
+            silence: None,
+            until: Some(end),
+            alive: &mut || false,
+            grace: Duration::ZERO,
+        };
+        let mut connection = Connection::open(&server.socket, &server.version, &mut patience)?;
         for command in ["umount-all", "shutdown"] {
-            let mut patience =
-                Patience { cancel: &cancel, silence: None, until: Some(end), alive: &mut || false };
             connection.call(&wire::call(command, &[])?, None, &mut |_| Ok(()), &mut patience)?;
         }
         Ok(())
