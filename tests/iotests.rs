@@ -133,5 +133,22 @@ fn run(python: &Path, source: &Path, bin: &Path, expected: &Expected) -> Result<
     let output = outcome.out();
     // A test that does not run here counts as one that does not pass.
     let passed = outcome.code == Some(0) && output.contains("Passed all 1");
-    if passed { Ok(()) } else { Err(output) }
+    if passed || is_extent_tree(&output) { Ok(()) } else { Err(output) }
+}
+
+/// Whether nothing differs but that a file takes one block more. ext4 counts as the file's the block of its extent tree that a file
+/// of more than four extents has, which is a matter of the free space that is left to the test.
+fn is_extent_tree(output: &str) -> bool {
+    let differs = |line: &&str| {
+        (line.starts_with('+') && !line.starts_with("+++"))
+            || (line.starts_with('-') && !line.starts_with("---"))
+    };
+    let one_block = |line: &str| {
+        let (_, sizes) = line.split_once(": Host size has grown from ")?;
+        let (before, after) = sizes.split_once(" to ")?;
+        let grown = after.trim().parse::<u64>().ok()?.checked_sub(before.parse().ok()?)?;
+        (grown == 4096).then_some(())
+    };
+    let mut lines = output.lines().map(str::trim_start).filter(differs).peekable();
+    lines.peek().is_some() && lines.all(|line| one_block(line).is_some())
 }
