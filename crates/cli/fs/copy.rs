@@ -95,7 +95,7 @@ fn get_file(guest: &mut Guest, path: &[u8], meta: &Meta, to: &Path, keep: Keep) 
     if !keep.existing && to.symlink_metadata().is_ok() {
         return Err(exists(to, &io::ErrorKind::AlreadyExists.into()));
     }
-    let mut target = Target::open(to, 0o600).map_err(failed)?;
+    let mut target = Target::open(to, 0o600, false).map_err(failed)?;
     let bytes = guest.download(path, &mut target)?;
     if let Some(file) = target.fresh() {
         if keep.owners {
@@ -310,7 +310,8 @@ pub(crate) fn tar_out(args: &TarOutArgs) -> Result<Exit, Failure> {
         fs::metadata(folder).map_err(|error| host_failure(folder, &error))?;
     }
     let failed = |error: io::Error| host_failure(&args.archive, &error);
-    let target = if to_stdout { None } else { Some(Target::open(&args.archive, 0o666).map_err(failed)?) };
+    let target =
+        if to_stdout { None } else { Some(Target::open(&args.archive, 0o666, true).map_err(failed)?) };
     let mut guest = Guest::mounted(&args.guest, Access::Read)?;
     let folder = guest.real_path(&guest_path(&args.folder))?;
     let mut command = Command::new("tar-out").arg(&folder).output().opt("numericowner", "true");

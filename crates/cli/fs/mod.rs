@@ -1,6 +1,7 @@
 //! `diskmill fs`: file systems inside images, through a session with guestfish.
 
 pub(crate) mod args;
+mod content;
 mod copied;
 mod copy;
 mod customize;

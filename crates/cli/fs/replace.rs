@@ -10,8 +10,9 @@ use std::path::PathBuf;
 use diskmill_guestfs::Command;
 
 use super::args::FileType;
+use super::content::no_file;
 use super::copy::host_failure;
-use super::guest::{Guest, no_file};
+use super::guest::Guest;
 use super::meta::Meta;
 use super::name::{base, join, parent, shown};
 use super::pack::open_regular;

@@ -16,10 +16,12 @@ pub(crate) enum Target {
 }
 
 impl Target {
-    /// Opens what is at `path`, behind links, or a new file with these permissions.
-    pub(crate) fn open(path: &Path, mode: u32) -> io::Result<Self> {
+    /// Opens what is at `path`, or a new file with these permissions. A symbolic link is followed, or replaced itself: one that
+    /// came out of a guest must not lead what comes after it elsewhere.
+    pub(crate) fn open(path: &Path, mode: u32, follow: bool) -> io::Result<Self> {
         let there = || OpenOptions::new().write(true).create(true).truncate(true).open(path).map(Self::There);
         let name = match fs::metadata(path) {
+            _ if !follow && path.is_symlink() => path.to_owned(),
             Ok(meta) if !meta.is_file() => return there(),
             Ok(_) => match path.canonicalize() {
                 Ok(name) => name,
@@ -78,7 +80,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let write = |name: &str| {
-            let mut target = Target::open(&at(name), 0o666).unwrap();
+            let mut target = Target::open(&at(name), 0o666, true).unwrap();
             target.write_all(b"new").unwrap();
             let fresh = target.fresh().is_some();
             target.publish(true).unwrap();
@@ -104,9 +106,15 @@ mod tests {
         for name in ["file", "later", "none"] {
             assert_eq!(fs::read(at(name)).unwrap(), b"new", "{name}");
         }
-        assert!(Target::open(dir.path(), 0o666).is_err());
+        assert!(Target::open(dir.path(), 0o666, true).is_err());
         // Only what was asked for is replaced, and nothing else is left.
-        assert!(Target::open(&at("file"), 0o666).unwrap().publish(false).is_err());
+        assert!(Target::open(&at("file"), 0o666, true).unwrap().publish(false).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 7);
+
+        for link in ["to-fifo", "to-file", "to-later"] {
+            Target::open(&at(link), 0o666, false).unwrap().publish(true).unwrap();
+            assert!(at(link).symlink_metadata().unwrap().is_file(), "{link}");
+        }
+        assert_eq!(fs::read(at("file")).unwrap(), b"new");
     }
 }
