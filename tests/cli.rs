@@ -113,7 +113,7 @@ fn json_is_short_for_output_json() {
 
 #[test]
 fn wrong_usage_exits_with_2() {
-    let wrong: [&[&str]; 27] = [
+    let wrong: [&[&str]; 28] = [
         &[],
         &["no-such-verb"],
         &["convert"],
@@ -140,6 +140,7 @@ fn wrong_usage_exits_with_2() {
         &["convert", "--target-is-zero", "a", "b"],
         &["convert", "--verify-packed", "--trust-packed", "a", "b"],
         &["create", "-f", "qcow2", "-o", "cluster_size=3k", "/gone/a", "1M"],
+        &["create", "-f", "qcow2", "-o", "size=2M", "/gone/a", "1M"],
         &["measure", "-O", "vmdk", "--size", "1M"],
         &["amend", "-o", "refcount_bits=some", "a"],
     ];

@@ -83,6 +83,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Exit, Failure> {
     for (name, value) in args.options.iter().flat_map(|list| split(list)) {
         let value = value.as_deref().unwrap_or("on");
         match name.as_str() {
+            "size" if args.size.is_some() => {
+                return Err(Failure::usage("the size is given twice: as an argument and as -o size"));
+            }
             "size" => size = Some(parse_size(value).map_err(Failure::of_request)?),
             name => format.set(name, value).map_err(Failure::of_request)?,
         }

@@ -100,12 +100,19 @@ impl Qcow2Writer {
         self.payloads.fetch_add(1, Ordering::AcqRel);
         let cluster = Cluster::Compressed(CompressedRef { host, len: payload.len() as u32 });
         let written = meta.disk.write(payload, host.get());
-        let linked = written.and_then(|()| meta.exchange(guest, Entry { cluster, copied: false }));
-        if linked.is_err() {
-            // At worst clusters are leaked.
-            let _ = meta.give_up_packed(host, payload.len() as u64);
+        let new = Entry { cluster, copied: false };
+        let linked = written.and_then(|()| {
+            let old = meta.entry(guest)?;
+            meta.set_entry(guest, new).map(|()| old)
+        });
+        match linked {
+            Ok(old) => meta.release_replaced(old, new),
+            Err(error) => {
+                // At worst clusters are leaked.
+                let _ = meta.give_up_packed(host, payload.len() as u64);
+                Err(error)
+            }
         }
-        linked
     }
 }
 
