@@ -26,11 +26,7 @@ pub(crate) fn is_foreign(ending: &str) -> bool {
 /// The name of `file` as an image named `image` means it: relative names start in the image's folder. Like qemu-img,
 /// this only joins texts.
 pub(crate) fn resolved(image: &str, file: &str) -> String {
-    let file = file.strip_prefix("file:").unwrap_or(file);
-    match image.rfind('/') {
-        Some(slash) if !file.starts_with('/') => format!("{}{file}", &image[..=slash]),
-        _ => file.to_owned(),
-    }
+    resolved_path(image.as_ref(), file).to_string_lossy().into_owned()
 }
 
 /// The same for files that are opened, whose names may have any bytes.

@@ -26,13 +26,18 @@ impl Guest {
         let command = Command::new("pread").arg(path).arg(SMALL.to_string()).arg("0");
         match self.try_call(command)? {
             Some(content) if content.len() < SMALL => Ok(output.write_all(&content)?),
-            _ => self.download(path, output).map(drop),
+            _ => self.fetch(path, output).map(drop),
         }
     }
 
     /// Copies a file of the guest to `output`.
     pub(crate) fn download(&mut self, path: &[u8], output: &mut dyn Write) -> Result<u64, Failure> {
         self.readable(path)?;
+        self.fetch(path, output)
+    }
+
+    /// The same of what is known to be a regular file.
+    fn fetch(&mut self, path: &[u8], output: &mut dyn Write) -> Result<u64, Failure> {
         let result = self.session.download(path_of(&no_device(path)), output);
         result.map_err(|error| self.watch.failure(error))
     }
@@ -111,9 +116,9 @@ impl Guest {
 
     /// Metadata of what the path leads to, which must be a regular file: reading a FIFO would wait for ever, a device is the
     /// appliance's own.
-    fn readable(&mut self, path: &[u8]) -> Result<Meta, Failure> {
+    fn readable(&mut self, path: &[u8]) -> Result<(), Failure> {
         let meta = self.stat(path)?;
-        if meta.is(FileType::File) { Ok(meta) } else { Err(no_file(path, &meta)) }
+        if meta.is(FileType::File) { Ok(()) } else { Err(no_file(path, &meta)) }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::convert::Monitor;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{Extent, Source};
+use crate::parallel::fitting;
 use crate::reader::Reader;
 
 /// Bytes that are read of each image at once.
@@ -72,7 +73,7 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         first: AtomicU64::new(u64::MAX),
         monitor,
     };
-    let most = most_threads([a.packed_unit(), b.packed_unit()]);
+    let most = fitting(MEMORY, STEP, [a.packed_unit(), b.packed_unit()]);
     std::thread::scope(|scope| {
         let shared = &shared;
         let helpers = move || {
@@ -94,14 +95,6 @@ pub fn compare(a: &Image, b: &Image, options: &CompareOptions, monitor: &Monitor
         _ if first < u64::MAX => Ok(Comparison::ContentDiffers { at: first }),
         _ => Ok(Comparison::Identical { sizes_differ: a.size() != b.size() }),
     }
-}
-
-/// How many threads may compare images with packed units of so many bytes. Each of them keeps, of each image, the bytes
-/// that are compared, a unit, and its payload, which may be twice as long.
-fn most_threads(units: [u64; 2]) -> usize {
-    let each =
-        units.iter().fold(0u64, |sum, unit| sum.saturating_add(unit.saturating_mul(3)).saturating_add(STEP));
-    usize::try_from(MEMORY / each.max(1)).unwrap_or(usize::MAX).max(1)
 }
 
 struct Shared<'a> {
@@ -241,19 +234,4 @@ fn difference(step: &Step, readers: &mut [Reader<'_>; 2], bufs: &mut [Vec<u8>; 2
     }
     let differs = one.iter().zip(other).position(|(one, other)| one != other);
     Ok(differs.map(|at| step.guest.start + at as u64))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn large_units_have_few_threads() {
-        const MIB: u64 = 1 << 20;
-        assert_eq!(most_threads([64 * MIB, 0]), 1);
-        assert_eq!(most_threads([64 * MIB, 64 * MIB]), 1);
-        assert_eq!(most_threads([2 * MIB, 0]), 32);
-        assert!(most_threads([64 << 10, 64 << 10]) > 64);
-        assert_eq!(most_threads([u64::MAX, u64::MAX]), 1);
-    }
 }

@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use diskmill_io::{CustodyLock, FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
+use diskmill_io::{CustodyLock, FileStorage, ImageLock, LockMode, OpenHow, SharedStorage};
 
-use crate::error::{Error, Kind, Result};
+#[cfg(doc)]
+use crate::error::Kind;
+use crate::error::{Error, Result};
 
 /// An image file that is handed to QEMU to be written. Until this is dropped, no other program of ours does the same.
 ///
@@ -29,23 +31,17 @@ impl Custody {
         let file =
             FileStorage::open(path, &how).map_err(|error| Error::io("cannot open for writing", error))?;
         let storage: SharedStorage = Arc::new(file);
-        let lock = CustodyLock::acquire(&storage).map_err(refused)?;
+        let lock = CustodyLock::acquire(&storage).map_err(Error::lock)?;
         // Only a look: QEMU, which comes next, would find this lock in its way.
-        drop(ImageLock::acquire(&storage, LockMode::Writer).map_err(refused)?);
+        drop(ImageLock::acquire(&storage, LockMode::Writer).map_err(Error::lock)?);
         Ok(Self(lock))
-    }
-}
-
-fn refused(error: LockError) -> Error {
-    match error {
-        LockError::Io(error) => Error::io("cannot lock", error),
-        conflict @ LockError::Conflict { .. } => Error::new(Kind::Busy, conflict.to_string()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     #[test]
     fn one_at_a_time_and_qemu_beside_it() {

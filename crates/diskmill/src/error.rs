@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use diskmill_format::{FormatError, Problem};
+use diskmill_io::LockError;
 
 /// `EMFILE` of Linux on all architectures: the process has too many open files.
 const EMFILE: i32 = 24;
@@ -62,6 +63,14 @@ impl Error {
             hint: None,
             source: None,
         }))
+    }
+
+    /// A lock that could not be had.
+    pub(crate) fn lock(error: LockError) -> Self {
+        match error {
+            LockError::Io(error) => Self::io("cannot lock", error),
+            conflict @ LockError::Conflict { .. } => Self::new(Kind::Busy, conflict.to_string()),
+        }
     }
 
     pub(crate) fn io(doing: impl Into<String>, source: io::Error) -> Self {

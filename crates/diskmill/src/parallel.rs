@@ -4,6 +4,14 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
+/// How many threads fit into `memory` bytes, and at least one. Each of them keeps, of each of two images, `step` bytes that it
+/// works on, an unpacked unit of so many bytes, and its payload, which may be twice as long.
+pub(crate) fn fitting(memory: u64, step: u64, units: [u64; 2]) -> usize {
+    let kept = |unit: u64| unit.saturating_mul(3).saturating_add(step);
+    let each = units.into_iter().map(kept).fold(0, u64::saturating_add);
+    usize::try_from(memory / each.max(1)).unwrap_or(usize::MAX).max(1)
+}
+
 /// Does pieces of work from `threads` threads. `next` names them one after the other; `worker` makes what a thread
 /// keeps between pieces. After the first error nothing new is begun, and it is returned.
 pub(crate) fn in_parallel<T: Send, W>(
@@ -49,6 +57,17 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+
+    #[test]
+    fn large_units_have_few_threads() {
+        const MIB: u64 = 1 << 20;
+        let fitting = |units| fitting(256 * MIB, MIB, units);
+        assert_eq!(fitting([64 * MIB, 0]), 1);
+        assert_eq!(fitting([64 * MIB, 64 * MIB]), 1);
+        assert_eq!(fitting([2 * MIB, 0]), 32);
+        assert!(fitting([64 << 10, 64 << 10]) > 64);
+        assert_eq!(fitting([u64::MAX, u64::MAX]), 1);
+    }
 
     #[test]
     fn all_is_done_and_errors_end_it() {

@@ -6,24 +6,7 @@ use std::process::Command;
 
 use diskmill::convert::{Compression, ConvertOptions, Monitor, TargetFormat, convert, convert_unnamed};
 use diskmill::{Image, Kind, OpenOptions};
-
-/// Compressible text, noise and holes, with an odd tail.
-fn sample(len: usize) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252u64;
-    (0..len)
-        .map(|at| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            match at >> 14 & 7 {
-                0 | 1 => b"all work and no play "[at % 21],
-                2 => state as u8,
-                3 if at % 5000 == 0 => 1,
-                _ => 0,
-            }
-        })
-        .collect()
-}
+use diskmill_testkit::content::sample;
 
 fn qcow2(options: &[(&str, &str)], compress: bool, threads: usize) -> ConvertOptions {
     let mut format = TargetFormat::named("qcow2").unwrap();

@@ -136,16 +136,8 @@ impl PendingFile {
     /// # Errors
     /// What the system says. The temporary is gone then, and the old file stands, unless it was the directory's
     /// `fsync` that failed.
-    pub fn publish(mut self, sync: bool) -> io::Result<()> {
-        if sync {
-            // Metadata as well: a size that was set, an owner.
-            uninterrupted(|| self.storage.file().sync_all())?;
-        }
-        let mut pending = pending();
-        fs::rename(&self.temporary, &self.final_path)?;
-        pending.retain(|path| *path != self.temporary);
-        drop(pending);
-        self.named(sync)
+    pub fn publish(self, sync: bool) -> io::Result<()> {
+        Self::publish_all(vec![self], sync).map_err(|(_, error)| error)
     }
 
     /// Gives all files of one output their final names, in this order, or none: where one cannot have its name, the others
@@ -154,15 +146,10 @@ impl PendingFile {
     ///
     /// # Errors
     /// As [`publish`](Self::publish), with the final path that it is about.
-    pub fn publish_all(mut files: Vec<Self>, sync: bool) -> Result<(), (PathBuf, io::Error)> {
-        if let [_] = files.as_slice() {
-            return files.drain(..).try_for_each(|file| {
-                let path = file.final_path.clone();
-                file.publish(sync).map_err(|error| (path, error))
-            });
-        }
+    pub fn publish_all(files: Vec<Self>, sync: bool) -> Result<(), (PathBuf, io::Error)> {
         if sync {
             for file in &files {
+                // Metadata as well: a size that was set, an owner.
                 uninterrupted(|| file.storage.file().sync_all())
                     .map_err(|error| (file.final_path.clone(), error))?;
             }
@@ -170,8 +157,11 @@ impl PendingFile {
         // Held to the end, so that a signal's clean-up finds all done or nothing.
         let mut pending = pending();
         let mut done = Vec::new();
-        for file in &files {
-            match file.take_name() {
+        let last = files.len().saturating_sub(1);
+        for (index, file) in files.iter().enumerate() {
+            // Nothing comes after the last one that could fail.
+            let taken = if index == last { file.replace() } else { file.take_name() };
+            match taken {
                 Ok(how) => done.push((file, how)),
                 Err(error) => {
                     let path = file.final_path.clone();
@@ -194,18 +184,22 @@ impl PendingFile {
         })
     }
 
+    /// Takes the final name from what has it.
+    fn replace(&self) -> io::Result<Named> {
+        fs::rename(&self.temporary, &self.final_path).map(|()| Named::Replaced)
+    }
+
     /// Takes the final name in a way that can be undone, if there is one.
     fn take_name(&self) -> io::Result<Named> {
-        let rename = |how| fs::rename(&self.temporary, &self.final_path).map(|()| how);
         // Only files: with a directory that came there meanwhile, names could be exchanged, too.
         if !fs::symlink_metadata(&self.final_path).is_ok_and(|old| old.is_file()) {
-            return rename(Named::New);
+            return self.replace().map(|_| Named::New);
         }
         match exchange(&self.temporary, &self.final_path) {
             Ok(()) => Ok(Named::Exchanged),
             // Not every file system knows how.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP)) => {
-                rename(Named::Replaced)
+                self.replace()
             }
             Err(e) => Err(e),
         }

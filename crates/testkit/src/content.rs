@@ -38,6 +38,24 @@ pub enum Pattern {
     Random,
 }
 
+/// Compressible text, noise and holes, with an odd tail.
+pub fn sample(len: usize) -> Vec<u8> {
+    let mut state = 88_172_645_463_325_252u64;
+    (0..len)
+        .map(|at| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            match at >> 14 & 7 {
+                0 | 1 => b"all work and no play "[at % 21],
+                2 => state as u8,
+                3 if at % 5000 == 0 => 1,
+                _ => 0,
+            }
+        })
+        .collect()
+}
+
 /// `len` bytes of `pattern`; `seed` varies text and random bytes.
 pub fn fill(pattern: Pattern, seed: u64, len: usize) -> Vec<u8> {
     const WORDS: [&[u8]; 8] =

@@ -14,11 +14,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use diskmill_format::Limits;
-use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage, Storage};
+use diskmill_io::{FileStorage, ImageLock, LockMode, OpenHow, SharedStorage, Storage};
 
 pub use finding::{Finding, Verdict};
 
-use crate::error::{Error, Kind, Result};
+#[cfg(doc)]
+use crate::error::Kind;
+use crate::error::{Error, Result};
 use crate::image::{Image, OpenOptions};
 use crate::policy::OpenPolicy;
 use crate::probe::{Format, first_bytes};
@@ -128,11 +130,7 @@ pub fn check(
                 true => LockMode::Shared,
                 false => LockMode::Reader,
             };
-            let _lock = match ImageLock::acquire(&storage, mode) {
-                Ok(lock) => lock,
-                Err(LockError::Io(error)) => return Err(Error::io("cannot lock", error).of(path)),
-                Err(conflict) => return Err(Error::new(Kind::Busy, conflict.to_string()).of(path)),
-            };
+            let _lock = ImageLock::acquire(&storage, mode).map_err(|error| Error::lock(error).of(path))?;
             check_storage(&*storage, options, found).map_err(|error| error.of(path))
         }
         Format::Vmdk if write => Err(Error::unsupported("repairing a VMDK").of(path)),

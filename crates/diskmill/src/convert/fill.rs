@@ -9,7 +9,7 @@ use crate::edit::{BitmapCopy, ZeroHow};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::layout::{MapError, Source};
-use crate::parallel::in_parallel;
+use crate::parallel::{fitting, in_parallel};
 
 /// Guest bytes that are read and written at once.
 const STEP: u64 = 2 << 20;
@@ -18,13 +18,10 @@ const ZERO_STEP: u64 = 1 << 30;
 
 /// How many threads fill `target`: no more than the memory suffices for.
 pub(super) fn threads(sources: &[Image], target: &Image, options: &ConvertOptions) -> usize {
-    // Each has what it read, which may be encrypted into a copy, and unpacked units of source and target with their payloads,
-    // which may be up to twice as long.
-    let units =
-        sources.iter().map(Image::packed_unit).max().unwrap_or(0).saturating_add(target.packed_unit());
-    let each = (2 * STEP).saturating_add(units.saturating_mul(3));
-    let fitting = usize::try_from(options.memory / each).unwrap_or(usize::MAX);
-    options.threads.unwrap_or_else(diskmill_io::cpus).min(fitting).max(1)
+    let source = sources.iter().map(Image::packed_unit).max().unwrap_or(0);
+    // What is read may be encrypted into a copy.
+    let most = fitting(options.memory, STEP, [source, target.packed_unit()]);
+    options.threads.unwrap_or_else(diskmill_io::cpus).min(most).max(1)
 }
 
 /// Writes the bytes of `sources`, one behind the other, into `target`. What lies behind them stays as it is. Returns what

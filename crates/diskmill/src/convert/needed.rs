@@ -5,16 +5,18 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage};
+use diskmill_io::{FileStorage, ImageLock, LockMode, OpenHow, SharedStorage};
 
 use super::TargetFormat;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::image::{Image, OpenOptions, resolve};
 use crate::layout::FormatInfo;
 use crate::policy::{Allow, OpenPolicy};
 use crate::probe::Format;
 use crate::qcow2::Qcow2Options;
 use crate::vmdk::VmdkOptions;
+
+const OWN_CHAIN: &str = "the output is a file of its own backing chain";
 
 /// The images that an output needs.
 pub(super) struct Needed<'a> {
@@ -65,7 +67,7 @@ impl<'a> Needed<'a> {
         Ok(())
     }
 
-    /// Opens the backing file that the output at `path` is to have. Returns its path too.
+    /// Opens the backing file that the output at `path` is to have, and of whose chain it must not be. Returns its path too.
     fn open(&mut self, name: &str, format: Option<Format>, path: &Path) -> Result<(&Image, PathBuf)> {
         if self.sources.len() != 1 {
             return Err(Error::invalid("an output with a backing file takes exactly one source image"));
@@ -83,13 +85,15 @@ impl<'a> Needed<'a> {
             open.metadata_only = true;
             Image::open(&backing, &open)
         })?;
-        Ok((self.backing.insert(image), backing))
+        let image = self.backing.insert(image);
+        refuse(path, std::slice::from_ref(image), OWN_CHAIN)?;
+        Ok((image, backing))
     }
 
     /// Refuses an output at `path` that would destroy what is being read, or what it will need itself.
     pub(super) fn refuse(&self, path: &Path) -> Result<()> {
         refuse(path, self.sources, "the output is a file of the source")?;
-        refuse(path, self.backing.as_slice(), "the output is a file of its own backing chain")
+        refuse(path, self.backing.as_slice(), OWN_CHAIN)
     }
 }
 
@@ -108,12 +112,8 @@ pub(super) fn same(one: &Metadata, other: &Metadata) -> bool {
 }
 
 /// Keeps all others from using a file that is to be written.
-pub(super) fn acquire(storage: &SharedStorage) -> Result<Option<ImageLock>> {
-    match ImageLock::acquire(storage, LockMode::Writer) {
-        Ok(lock) => Ok(Some(lock)),
-        Err(LockError::Io(error)) => Err(Error::io("cannot lock", error)),
-        Err(conflict) => Err(Error::new(Kind::Busy, conflict.to_string())),
-    }
+pub(super) fn acquire(storage: &SharedStorage) -> Result<ImageLock> {
+    ImageLock::acquire(storage, LockMode::Writer).map_err(Error::lock)
 }
 
 /// The file that will be replaced must not be in use: its user would go on with a file that has no name any more.
@@ -124,7 +124,7 @@ pub(super) fn lock_old(path: &Path) -> Result<Option<ImageLock>> {
     match FileStorage::open(path, &OpenHow { read: true, ..OpenHow::default() }) {
         Ok(old) => {
             let old: SharedStorage = Arc::new(old);
-            acquire(&old)
+            acquire(&old).map(Some)
         }
         // Unreadable for us: whether it can be replaced is seen when that is tried.
         Err(_) => Ok(None),

@@ -118,10 +118,7 @@ impl Target {
                 return Err(Error::unsupported(format!("writing {} to a device", options.format.name())));
             }
             TargetFormat::Qcow2(_) if options.trust_backing => {}
-            format => {
-                needed.find_backing(format, &path)?;
-                needed.refuse(&path)?;
-            }
+            format => needed.find_backing(format, &path)?,
         }
         if device || (!options.create && matches!(options.format, TargetFormat::Raw(_))) {
             return Self::existing(path, options, size, least_size);
@@ -205,7 +202,7 @@ impl Target {
             sparse_tables: false,
             least_size,
             encryption: None,
-            _locks: lock.into_iter().collect(),
+            _locks: vec![lock],
         })
     }
 

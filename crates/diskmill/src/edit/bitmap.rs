@@ -6,7 +6,7 @@ use diskmill_format::qcow2::{BITMAP_GRANULARITY_BITS, Geometry, Header, MAX_BITM
 use diskmill_format::{HostOffset, Limits};
 use diskmill_io::SharedStorage;
 
-use super::qcow2::check_bitmap;
+use super::qcow2::{check_bitmap, find_bitmap};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Image, ImageFile};
 use crate::layout::FormatInfo;
@@ -63,11 +63,8 @@ impl Image {
     /// [`Kind::Invalid`] if there is none such; [`Kind::Corrupt`] if it is damaged or was not saved;
     /// [`Kind::Limit`], [`Kind::Io`].
     pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
-        let bitmap = self.bitmaps()?.into_iter().find(|bitmap| bitmap.name == name.as_bytes());
-        match bitmap {
-            Some(bitmap) => self.dirty_bits_of(&bitmap),
-            None => self.named(Err(Error::invalid(format!("Dirty bitmap '{name}' not found")))),
-        }
+        let bitmaps = self.bitmaps()?;
+        self.dirty_bits_of(self.named(find_bitmap(&bitmaps, name.as_bytes()))?)
     }
 
     /// As [`dirty_bits`](Self::dirty_bits), of one of the [`bitmaps`](Self::bitmaps): names need not be UTF-8.
@@ -76,7 +73,7 @@ impl Image {
     /// As [`dirty_bits`](Self::dirty_bits).
     pub fn dirty_bits_of(&self, bitmap: &Bitmap) -> Result<DirtyBits> {
         let found = match self.writer().and_then(|writer| writer.qcow2()) {
-            Some(writer) => writer.dirty_bits(&bitmap.name).map(|(_, bits)| bits),
+            Some(writer) => writer.dirty_bits(&bitmap.name),
             None => self.saved_bits(bitmap),
         };
         let bits = self.named(found)?;

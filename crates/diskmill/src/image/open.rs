@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use diskmill_format::Limits;
 use diskmill_format::qcow2::{CryptMethod, Snapshot, feature};
-use diskmill_io::{FileStorage, ImageLock, LockError, LockMode, OpenHow, SharedStorage, Storage};
+use diskmill_io::{FileStorage, ImageLock, LockMode, OpenHow, SharedStorage, Storage};
 
 use super::{Image, ImageFile, Layer, OpenOptions, SnapshotRef, find_snapshot};
 use crate::check::{CheckOptions, Repair, check_storage};
@@ -195,11 +195,8 @@ impl<'a> Opener<'a> {
             () if self.options.force_share => LockMode::Shared,
             () => LockMode::Reader,
         };
-        match ImageLock::acquire(&storage, mode) {
-            Ok(lock) => self.image._locks.push(lock),
-            Err(LockError::Io(error)) => return Err(Error::io("cannot lock", error).of(path)),
-            Err(conflict) => return Err(Error::new(Kind::Busy, conflict.to_string()).of(path)),
-        }
+        let lock = ImageLock::acquire(&storage, mode).map_err(|error| Error::lock(error).of(path))?;
+        self.image._locks.push(lock);
         Ok(storage)
     }
 

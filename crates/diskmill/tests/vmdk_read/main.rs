@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use diskmill::{Allow, Error, Image, Kind, OpenOptions, OpenPolicy};
+use diskmill_testkit::content::sample;
 use sha2::{Digest, Sha256};
 
 fn own_tree() -> OpenOptions {
@@ -41,24 +42,6 @@ fn sha256(image: &Image) -> Result<String, Error> {
         write!(hex, "{byte:02x}").unwrap();
     }
     Ok(hex)
-}
-
-/// Text, noise and holes, with an odd tail.
-fn sample(len: usize) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252u64;
-    (0..len)
-        .map(|at| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            match at >> 14 & 7 {
-                0 | 1 => b"all work and no play "[at % 21],
-                2 => state as u8,
-                3 if at % 5000 == 0 => 1,
-                _ => 0,
-            }
-        })
-        .collect()
 }
 
 fn qemu_img(args: &[&str]) -> bool {

@@ -30,13 +30,12 @@ pub(super) struct Draft {
 }
 
 impl Qcow2Writer {
-    /// The bitmaps of the image, with the bits of the one called `name` as of now.
-    pub(crate) fn dirty_bits(&self, name: &[u8]) -> Result<(Bitmap, Bits)> {
+    /// The bits of the bitmap called `name` as of now.
+    pub(crate) fn dirty_bits(&self, name: &[u8]) -> Result<Bits> {
         let mut meta = self.meta();
         self.recorder.save(&mut meta)?;
         let bitmap = find(&meta.bitmaps()?, name)?.clone();
-        let bits = meta.read_bits(&bitmap)?;
-        Ok((bitmap, bits))
+        meta.read_bits(&bitmap)
     }
 
     /// Brings what was recorded until now to the file.
@@ -127,12 +126,13 @@ fn position(bitmaps: &[Bitmap], name: &[u8]) -> Result<usize> {
     found.ok_or_else(|| Error::invalid(format!("Dirty bitmap '{}' not found", lossy(name))))
 }
 
-fn find<'b>(bitmaps: &'b [Bitmap], name: &[u8]) -> Result<&'b Bitmap> {
+/// The bitmap called `name`, if its bits can be trusted.
+pub(crate) fn find<'b>(bitmaps: &'b [Bitmap], name: &[u8]) -> Result<&'b Bitmap> {
     let found = bitmaps.get(position(bitmaps, name)?);
     found.map_or_else(|| Err(Error::invalid("no such bitmap")), |bitmap| check(bitmap).map(|()| bitmap))
 }
 
-/// The bitmap called `name`, if its bits can be trusted.
+/// As [`find`], to be changed.
 fn usable<'d>(draft: &'d mut Draft, name: &str) -> Result<&'d mut Bitmap> {
     let index = position(&draft.bitmaps, name.as_bytes())?;
     let found = draft.bitmaps.get_mut(index).ok_or_else(|| Error::invalid("no such bitmap"))?;

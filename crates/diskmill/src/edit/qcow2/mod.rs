@@ -32,7 +32,7 @@ use crate::image::Image;
 use crate::layout::{FileId, Layout};
 use crate::qcow2::{FileLen, Files, Qcow2Info, Qcow2Layout};
 use crate::tables::{SLICE, Tables};
-pub(crate) use bitmaps::{add_bitmaps, check as check_bitmap};
+pub(crate) use bitmaps::{add_bitmaps, check as check_bitmap, find as find_bitmap};
 use meta::Meta;
 use recorder::Recorder;
 
